@@ -1,0 +1,134 @@
+"""One NumPyClient for every server: Message-API strategies, legacy strategies, and the roll call."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable, Mod
+
+from ..errors import WireError
+from ..wire import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    NUM_PARTITIONS,
+    PARTITION_ID,
+    PROPERTIES,
+    ROLL_CALL,
+    from_record,
+    to_record,
+)
+
+ClientFn = Callable[[Context], NumPyClient]
+Properties = Callable[[Context], dict[str, str | int | float | bool]]
+LEGACY_PREFIXES = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
+
+
+def client_app(
+    client_fn: ClientFn, *, mods: Sequence[Mod] = (), properties: Properties | None = None
+) -> ClientApp:
+    """Return a Flower ClientApp whose clients serve Message-API strategies and legacy ones alike.
+
+    Args:
+        client_fn: ``client_fn(context) -> NumPyClient``, called for each message.
+        mods: Flower mods around the client, the first one outermost.
+        properties: what a node says of itself at the roll call, without building its client; None asks ``client.get_properties``.
+    """
+
+    def legacy_client(context: Context) -> Client:
+        return client_fn(context).to_client()
+
+    def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        kind = message.metadata.message_type
+        if kind == ROLL_CALL:
+            return _answer_roll_call(message, context, client_fn, properties)
+        if kind not in ("train", "evaluate") or _is_legacy(message.content):
+            return call_next(message, context)
+        content = _train if kind == "train" else _evaluate
+        return Message(content(client_fn(context), message.content), reply_to=message)
+
+    return ClientApp(client_fn=legacy_client, mods=[*mods, bridge])
+
+
+def _is_legacy(content: RecordDict) -> bool:
+    return any(name.startswith(LEGACY_PREFIXES) for name in content)
+
+
+def _answer_roll_call(
+    message: Message, context: Context, client_fn: ClientFn, properties: Properties | None
+) -> Message:
+    place = {
+        key: context.node_config[key]
+        for key in (PARTITION_ID, NUM_PARTITIONS)
+        if key in context.node_config
+    }
+    said = properties(context) if properties else client_fn(context).get_properties({})
+    return Message(RecordDict({PROPERTIES: ConfigRecord({**place, **said})}), reply_to=message)
+
+
+def _train(client: NumPyClient, content: RecordDict) -> RecordDict:
+    names, parameters = _received(client, content)
+    trained, num_examples, metrics = client.fit(parameters, _config(content))
+    if len(trained) != len(names):
+        raise WireError(
+            f"{type(client).__name__}.fit returned {len(trained)} arrays for {len(names)} received: "
+            "return one for each, in the order received"
+        )
+    arrays = to_record(dict(zip(names, map(np.asarray, trained), strict=True)))
+    return RecordDict({ARRAYS: arrays, **_measured(metrics, num_examples)})
+
+
+def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
+    _, parameters = _received(client, content)
+    loss, num_examples, metrics = client.evaluate(parameters, _config(content))
+    return RecordDict(_measured({"loss": loss, **metrics}, num_examples))
+
+
+def _received(
+    client: NumPyClient, content: RecordDict
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Return the names and arrays of the one ArrayRecord; a client with ``array_names`` gets them by name, in its order."""
+    if len(content.array_records) != 1:
+        raise WireError(
+            f"the message holds {len(content.array_records)} ArrayRecords, exactly one is needed: "
+            f"send {{'{ARRAYS}': ArrayRecord, '{CONFIG}': ConfigRecord}}"
+        )
+    arrays = from_record(_only(content.array_records))
+    names: tuple[str, ...] = getattr(client, "array_names", tuple(arrays))
+    if set(names) != set(arrays):
+        wrong = sorted(set(names) ^ set(arrays))
+        raise WireError(
+            f"the server's arrays and the client's model differ in {', '.join(wrong)}: "
+            "server and client must build the same model"
+        )
+    return names, [arrays[name] for name in names]
+
+
+def _config(content: RecordDict) -> dict[str, bool | bytes | float | int | str]:
+    records = content.config_records
+    return dict(_only(records)) if len(records) == 1 else {}  # type: ignore[arg-type]  # lists pass too
+
+
+def _only(records: dict[str, ArrayRecord] | dict[str, ConfigRecord]):  # type: ignore[no-untyped-def]
+    return next(iter(records.values()))
+
+
+def _measured(
+    metrics: dict[str, bool | bytes | float | int | str], num_examples: int
+) -> dict[str, MetricRecord | ConfigRecord]:
+    """Return numbers as the MetricRecord; text and bytes, which that cannot hold, as a ConfigRecord beside it."""
+    numbers = {
+        name: int(value) if isinstance(value, bool | int | np.integer) else float(value)
+        for name, value in metrics.items()
+        if not isinstance(value, str | bytes)
+    }
+    texts = {name: value for name, value in metrics.items() if isinstance(value, str | bytes)}
+    records: dict[str, MetricRecord | ConfigRecord] = {
+        METRICS: MetricRecord({**numbers, NUM_EXAMPLES: int(num_examples)})
+    }
+    if texts:
+        records[PROPERTIES] = ConfigRecord(texts)
+    return records

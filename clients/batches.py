@@ -1,0 +1,50 @@
+"""Batches of one client: minibatches of epochs, independent draws, fresh support/query splits."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .data import Batch, ClientData
+
+
+def minibatches(
+    records: Batch, *, batch_size: int, epochs: int, generator: torch.Generator
+) -> Iterator[Batch]:
+    """Yield each record once an epoch, in batches of ``batch_size`` (0: all at once), in a new order each epoch."""
+    total = len(records[1])
+    size = batch_size or total
+    for _ in range(epochs):
+        order = torch.randperm(total, generator=generator)
+        for start in range(0, total, size):
+            yield _take(records, order[start : start + size])
+
+
+def draw(records: Batch, *, size: int, generator: torch.Generator) -> Batch:
+    """Return ``size`` different records drawn uniformly (0, or more than there are: all of them, as they stand)."""
+    total = len(records[1])
+    if size == 0 or size >= total:
+        return records
+    return _take(records, torch.randperm(total, generator=generator)[:size])
+
+
+def resplit(data: ClientData, *, generator: torch.Generator) -> ClientData:
+    """Return the client's records in a fresh support/query split with as many support records of each class as before."""
+    inputs, targets = data.all
+    wanted = torch.bincount(data.support[1], minlength=int(targets.max()) + 1)
+    order = torch.randperm(len(targets), generator=generator)
+    rank = _rank_within_class(targets[order])
+    in_support = rank < wanted[targets[order]]
+    records = (inputs[order], targets[order])
+    return ClientData(support=_take(records, in_support), query=_take(records, ~in_support))
+
+
+def _rank_within_class(targets: Tensor) -> Tensor:
+    """Return for each record how many earlier ones have its class: [2, 1, 2] -> [0, 0, 1]."""
+    onehot = torch.nn.functional.one_hot(targets)  # (N, classes)
+    return (onehot.cumsum(0) - onehot).gather(1, targets[:, None])[:, 0]
+
+
+def _take(records: Batch, index: Tensor) -> Batch:
+    inputs, targets = records
+    return inputs[index], targets[index]

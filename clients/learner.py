@@ -1,0 +1,158 @@
+"""What every client of ours shares: a model, its data, the exchange of arrays, and evaluation by adaptation."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+from torch import nn
+
+from ..errors import ConfigError, WireError
+from ..streams import torch_stream
+from ..wire import SERVER_ROUND
+from .data import ClientData
+from .evaluation import Advance, adaptation_curve
+from .meta_gradient import Predicate, adapt, check_inner_loop
+from .objective import LossFn, Params
+
+NDArrays = list[np.ndarray]
+Scalar = bool | bytes | float | int | str
+Config = dict[str, Scalar]
+
+
+class Learner(NumPyClient):
+    """A Flower NumPyClient that evaluates a model by adapting it to the client's support set.
+
+    Args:
+        model: called functionally and never changed; its state_dict says which arrays are exchanged, in its order.
+        data: the client's support and query sets, or a function that loads them when they are first needed.
+        loss_fn: ``loss_fn(output, target)``, a scalar mean over the batch.
+        inner_lr: learning rate of the adaptation, > 0.
+        eval_steps: ascending numbers of adaptation steps that an evaluation reports, each >= 1.
+        adapt: which parameter names the adaptation moves; None means all.
+        batch_size: records of a training batch; 0 means all.
+        seed: of the client's random streams, which also depend on ``name`` and the round.
+        name: identity of the client.
+        device: where to compute.
+
+    Raises:
+        ConfigError: where a value is out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ClientData | Callable[[], ClientData],
+        *,
+        loss_fn: LossFn = nn.functional.cross_entropy,
+        inner_lr: float = 0.1,
+        eval_steps: Sequence[int] = (1, 5),
+        adapt: Predicate | None = None,
+        batch_size: int = 0,
+        seed: int = 0,
+        name: str = "",
+        device: str = "cpu",
+    ) -> None:
+        check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
+        if list(eval_steps) != sorted(set(eval_steps)) or not all(n >= 1 for n in eval_steps):
+            raise ConfigError(
+                f"eval_steps = {tuple(eval_steps)!r}: ascending counts of at least 1 are needed"
+            )
+        if batch_size < 0:
+            raise ConfigError(f"batch_size = {batch_size}: must be at least 0 (0: all records)")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.inner_lr = inner_lr
+        self.eval_steps = tuple(eval_steps)
+        self.adapted = adapt
+        self.batch_size = batch_size
+        self.seed = seed
+        self.name = name
+        self.device = device
+        self.array_names = tuple(model.state_dict())
+        self._data = data
+
+    @property
+    def data(self) -> ClientData:
+        """The client's support and query sets, on the client's device."""
+        if not isinstance(self._data, ClientData):
+            self._data = self._data()
+        return self._data.to(self.device)
+
+    def get_properties(self, config: Config) -> Config:
+        """Return what this client is: its class and its model's architecture."""
+        del config
+        return {"client": type(self).__name__, "architecture": type(self.model).__name__}
+
+    def get_parameters(self, config: Config) -> NDArrays:
+        """Return the arrays of the model as it was given."""
+        del config
+        return [value.detach().cpu().numpy() for value in self.model.state_dict().values()]
+
+    def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
+        """Return (query loss after the most steps, query records, metrics before and after each of ``eval_steps``)."""
+        del config
+        params = self.load(parameters)
+        query = self.data.query
+        start, advance = self.adaptation(params)
+        curve = adaptation_curve(
+            self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance
+        )
+        last = list(curve)[-2]  # the curve ends with a loss and an accuracy
+        return curve[last], len(query[1]), dict(curve)
+
+    def adaptation(self, params: Params) -> tuple[Params, Advance]:
+        """Return where this client's adaptation starts, and its steps: gradient steps on the whole support set."""
+        support = self.data.support
+        return params, lambda point, steps: adapt(
+            self.model,
+            self.loss_fn,
+            point,
+            support,
+            inner_lr=self.inner_lr,
+            steps=steps,
+            adapt=self.adapted,
+        )
+
+    def load(self, parameters: NDArrays) -> Params:
+        """Return the received arrays as the model's parameters on the device; received buffers go into a copy of the model.
+
+        Raises:
+            WireError: where their number or a shape is not the model's.
+        """
+        own = self.model.state_dict()
+        if len(parameters) != len(own):
+            raise WireError(
+                f"client {self.name!r} received {len(parameters)} arrays, its "
+                f"{type(self.model).__name__} has {len(own)}: server and client must build the same model"
+            )
+        for (name, value), array in zip(own.items(), parameters, strict=True):
+            if tuple(array.shape) != tuple(value.shape):
+                raise WireError(
+                    f"client {self.name!r} received {name!r} of shape {tuple(array.shape)}, its model's is "
+                    f"{tuple(value.shape)}: server and client must build the same model"
+                )
+        received = {
+            name: torch.from_numpy(np.array(array)).to(self.device)
+            for name, array in zip(own, parameters, strict=True)
+        }
+        trainable = {name for name, _ in self.model.named_parameters()}
+        buffers = {name: value for name, value in received.items() if name not in trainable}
+        if buffers:
+            self.model = copy.deepcopy(self.model).to(self.device)
+            self.model.load_state_dict(buffers, strict=False)
+        return {name: value for name, value in received.items() if name in trainable}
+
+    def dump(self, params: Params, received: NDArrays) -> NDArrays:
+        """Return ``params`` as arrays in the order and dtypes received; buffers go back as they came."""
+        return [
+            params[name].detach().cpu().numpy().astype(array.dtype, copy=False)
+            if name in params
+            else array
+            for name, array in zip(self.array_names, received, strict=True)
+        ]
+
+    def stream(self, purpose: str, config: Config) -> torch.Generator:
+        """Return the random stream of this client for ``purpose`` in the round that ``config`` names."""
+        return torch_stream(self.seed, purpose, int(config.get(SERVER_ROUND, 0)), self.name)

@@ -1,0 +1,176 @@
+r"""Local meta-steps: MAML on a client (1703.03400), federated as FedMeta (1802.07876) or Per-FedAvg (2002.07948).
+
+Each local meta-step, on a support and a query batch:
+
+    w <- w - beta * d/dw L_query(w - alpha * grad L_support(w))
+
+FedMeta is one meta-step with beta = 1: the server then finds the meta-gradient in the difference w - w_i and gives it to an optimiser of
+its own. Per-FedAvg is tau meta-steps with three independent batches D (inner), D' (query), D'' (Hessian) each, and the server takes the
+mean of the models.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .batches import draw, resplit
+from .data import Batch, ClientData
+from .learner import Config, Learner, NDArrays
+from .local_update import LocalResult, LocalUpdate, mean_of, run_update
+from .meta_gradient import InnerLR, Order, Predicate, meta_gradient
+from .objective import LossFn, Params
+
+QUERY_LOSS = "query-loss"
+
+
+@dataclass(frozen=True)
+class MetaBatch:
+    """The batches of one meta-step: ``curvature`` is the batch of the Hessian, None for the support batch."""
+
+    support: Batch
+    query: Batch
+    curvature: Batch | None = None
+
+
+@dataclass(frozen=True)
+class MetaState:
+    """Parameters so far, and the query loss of each meta-step."""
+
+    params: Params
+    losses: tuple[Tensor, ...] = ()
+
+
+def maml_update(
+    model: nn.Module,
+    loss_fn: LossFn,
+    *,
+    inner_lr: InnerLR,
+    outer_lr: float,
+    inner_steps: int = 1,
+    order: Order = "exact",
+    adapt: Predicate | None = None,
+) -> LocalUpdate[MetaState, MetaBatch]:
+    """Return the update whose every step is w <- w - outer_lr * meta-gradient; arguments as in ``meta_gradient``."""
+
+    def step(state: MetaState, batch: MetaBatch) -> MetaState:
+        found = meta_gradient(
+            model,
+            loss_fn,
+            state.params,
+            batch.support,
+            batch.query,
+            inner_lr=inner_lr,
+            steps=inner_steps,
+            order=order,
+            adapt=adapt,
+            curvature=batch.curvature,
+        )
+        moved = {name: w - outer_lr * found.grads[name] for name, w in state.params.items()}
+        return replace(state, params=moved, losses=(*state.losses, found.query_loss))
+
+    def finish(state: MetaState) -> LocalResult:
+        return LocalResult(state.params, {QUERY_LOSS: mean_of(state.losses)})
+
+    return LocalUpdate(begin=MetaState, step=step, finish=finish)
+
+
+class MAMLClient(Learner):
+    """A Flower NumPyClient that trains by local meta-steps and evaluates by adaptation.
+
+    Args:
+        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``seed``, ``name`` and ``device``.
+        data: see ``Learner``.
+        inner_lr: alpha > 0.
+        outer_lr: beta > 0. With 1 and one local step the reply is w - g: what ``FedMeta`` expects.
+        inner_steps: K >= 1.
+        local_steps: meta-steps of a round, >= 1.
+        order: "exact", "first" or "hf".
+        batch_size: records of each support and query batch; 0 takes the whole sets.
+        split: how a meta-step gets its batches. "fixed": from the client's support and query sets; "fresh": from a new split of all its
+            records, with as many support records of each class; "independent": three independent batches of all its records (Per-FedAvg).
+
+    Raises:
+        ConfigError: where a value is out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ClientData | Callable[[], ClientData],
+        *,
+        loss_fn: LossFn = nn.functional.cross_entropy,
+        inner_lr: float = 0.1,
+        outer_lr: float = 1.0,
+        inner_steps: int = 1,
+        local_steps: int = 1,
+        order: Order = "exact",
+        adapt: Predicate | None = None,
+        batch_size: int = 0,
+        split: str = "fixed",
+        eval_steps: Sequence[int] = (1, 5),
+        seed: int = 0,
+        name: str = "",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(
+            model,
+            data,
+            loss_fn=loss_fn,
+            inner_lr=inner_lr,
+            eval_steps=eval_steps,
+            adapt=adapt,
+            batch_size=batch_size,
+            seed=seed,
+            name=name,
+            device=device,
+        )
+        if not 0 < outer_lr < math.inf:
+            raise ConfigError(f"outer_lr = {outer_lr!r}: must be a finite number above 0")
+        if not (isinstance(local_steps, int) and local_steps >= 1):
+            raise ConfigError(f"local_steps = {local_steps!r}: must be a whole number of at least 1")
+        if split not in _SPLITS:
+            raise ConfigError(f"split = {split!r}: must be one of {', '.join(_SPLITS)}")
+        self.local_steps = local_steps
+        self.split = split
+        self.update = maml_update(
+            model,
+            loss_fn,
+            inner_lr=inner_lr,
+            outer_lr=outer_lr,
+            inner_steps=inner_steps,
+            order=order,
+            adapt=adapt,
+        )
+
+    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
+        """Return (the model after ``local_steps`` meta-steps, the client's records, {"query-loss": mean over the steps})."""
+        params = self.load(parameters)
+        result = run_update(self.update, params, self._batches(self.stream("maml", config)))
+        return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
+
+    def _batches(self, generator: torch.Generator) -> Iterator[MetaBatch]:
+        for _ in range(self.local_steps):
+            yield _SPLITS[self.split](self.data, self.batch_size, generator)
+
+
+def _fixed(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
+    return MetaBatch(
+        support=draw(data.support, size=size, generator=generator),
+        query=draw(data.query, size=size, generator=generator),
+    )
+
+
+def _fresh(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
+    return _fixed(resplit(data, generator=generator), size, generator)
+
+
+def _independent(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
+    inner, query, curvature = (draw(data.all, size=size, generator=generator) for _ in range(3))
+    return MetaBatch(support=inner, query=query, curvature=curvature)
+
+
+_SPLITS = {"fixed": _fixed, "fresh": _fresh, "independent": _independent}

@@ -1,0 +1,146 @@
+"""The command line: ``metabloom simulate``, ``metabloom list``, ``metabloom config``."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+from .config import RunConfig, parse_value
+from .errors import ConfigError, MetabloomError
+
+if TYPE_CHECKING:
+    from .strategies import RoundReport
+
+app = typer.Typer(
+    name="metabloom",
+    help="Meta-learning, distillation and differential privacy for Flower.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+
+@app.command()
+def simulate(
+    strategy: Annotated[str | None, typer.Option(help="Registry name of the strategy.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Registry name of the data set.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with configuration keys.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One configuration key; repeatable."),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's log.")] = False,
+) -> None:
+    """Run a federation in this process and write results.json, model.safetensors and report.html."""
+    values = RunConfig.read_toml(config) if config else {}
+    values |= dict(_assignment(text) for text in set_ or [])
+    chosen = {"strategy": strategy, "dataset": dataset, "out": out}
+    values |= {key: value for key, value in chosen.items() if value is not None}
+    run_config = RunConfig.read(values)
+    _print_outcome(_run(run_config, verbose=verbose))
+
+
+@app.command("list")
+def list_names() -> None:
+    """List the strategies, data sets and models that have a registry name."""
+    from .models import MODELS
+    from .sim import DATASETS
+    from .strategies import STRATEGIES
+
+    for registry in (STRATEGIES, DATASETS, MODELS):
+        console.print(f"[bold]{registry.kind}[/bold]: {', '.join(registry)}")
+
+
+@app.command("config")
+def list_keys() -> None:
+    """List every configuration key with its default and what it means."""
+    table = Table("key", "default", "meaning")
+    for name, field in RunConfig.model_fields.items():
+        table.add_row(name.replace("_", "-"), repr(field.default), field.description)
+    console.print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with one message and status 2, without a traceback."""
+    try:
+        app()
+    except MetabloomError as err:
+        Console(stderr=True).print(
+            "[bold red]error:[/bold red]", escape(str(err)), soft_wrap=True
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped")
+        sys.exit(130)
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"--set {text!r}: write key=value, e.g. --set rounds=20")
+    return key.strip(), parse_value(value.strip())
+
+
+def _run(config: RunConfig, *, verbose: bool) -> Path:
+    """Run ``config`` on a grid with one node for each client of the federation; return the folder of the results."""
+    # Torch takes seconds to import: only the command that computes pays for it.
+    from .client_app import app as client
+    from .server_app import run
+    from .sim import CohortGrid
+    from .task import federation_of, model_of, recipe_of
+
+    # Flower sets its logger up when it is imported: its level is ours to choose only after that.
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
+    recipe_of(config), model_of(config)  # refuse what cannot work before data are read
+    federation = federation_of(config)
+    if federation.dropped:
+        console.print(f"{federation.dropped} clients are too small for the split and left out")
+    grid = CohortGrid(
+        client, num_nodes=len(federation), run_config=config.to_flower(), seed=config.seed
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+    ) as progress:
+        label = f"{config.strategy} on {config.dataset}"
+        bar = progress.add_task(label, total=config.rounds, note="")
+        metric = f"accuracy-after-{config.adaptation_steps[-1]}"
+
+        def advance(report: "RoundReport") -> None:
+            scores = [one.metrics[metric] for one in report.validation if metric in one.metrics]
+            if scores:
+                progress.update(bar, note=f"validation {100 * fmean(scores):.1f}%")
+            progress.update(bar, completed=report.round)
+
+        return run(grid, config, on_round=advance)
+
+
+def _print_outcome(folder: Path) -> None:
+    unseen = json.loads((folder / "results.json").read_text(encoding="utf-8"))["unseen"]
+    table = Table("unseen clients", "accuracy")
+    for label, value in (
+        ("before adaptation", unseen["accuracy_before"]),
+        *((f"after {n} step(s)", value) for n, value in unseen["accuracy_after"].items()),
+    ):
+        table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
+    console.print(table)
+    console.print(f"results: {folder}/results.json, model.safetensors, report.html", soft_wrap=True)

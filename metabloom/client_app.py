@@ -1,0 +1,53 @@
+"""The Flower ClientApp: one client of the configured federation for each node."""
+
+import torch
+from flwr.app import Context
+
+from .clients import CLIENTS, Learner, client_app
+from .config import RunConfig
+from .sim import Federation
+from .task import device_of, federation_of, model_of, recipe_of
+from .wire import CLIENT_NAME, NUM_PARTITIONS, PARTITION_ID, ROLE
+
+SURPLUS = "surplus"  # the role of a node for which the federation has no client
+
+
+def client_fn(context: Context) -> Learner:
+    """Return the client of this node's partition."""
+    torch.set_num_threads(1)  # nodes share the machine: one thread each, as many nodes as cores
+    config = RunConfig.read(context.run_config)
+    recipe = recipe_of(config)
+    federation, index = _place(context, config)
+    options = dict(recipe.client_options)
+    if recipe.client == "sgd":
+        options["context"] = context
+    return CLIENTS[recipe.client](
+        model_of(config),
+        lambda: federation.client(index),
+        inner_lr=config.inner_lr,
+        eval_steps=config.adaptation_steps,
+        seed=config.seed,
+        name=federation.client_ids[index],
+        device=device_of(config),
+        **options,
+    )
+
+
+def properties(context: Context) -> dict[str, str | int | float | bool]:
+    """Return what this node answers at the roll call: its role, its client's name, its model."""
+    config = RunConfig.read(context.run_config)
+    federation, index = _place(context, config)
+    if index >= len(federation):
+        return {ROLE: SURPLUS, CLIENT_NAME: f"surplus-{index}"}
+    return {ROLE: federation.roles[index], CLIENT_NAME: federation.client_ids[index]}
+
+
+def _place(context: Context, config: RunConfig) -> tuple[Federation, int]:
+    """Return the federation, with no more clients than there are nodes, and this node's index in it."""
+    index = int(context.node_config[PARTITION_ID])
+    nodes = int(context.node_config[NUM_PARTITIONS])
+    federation = federation_of(config)
+    return (federation_of(config, nodes) if nodes < len(federation) else federation), index
+
+
+app = client_app(client_fn, properties=properties)

@@ -1,0 +1,225 @@
+"""The run configuration: one frozen, checked object read once from the command line, a TOML file or Flower's run config.
+
+Keys are written with hyphens (``inner-lr``) wherever a user writes them; the same key is ``config.inner_lr`` in Python.
+"""
+
+import difflib
+import os
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import ConfigError
+
+Scalar = bool | int | float | str
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrDefault = Annotated[int, Field(ge=0)]
+
+DATA_ENVIRONMENT_VARIABLE = "METABLOOM_DATA"
+
+
+class RunConfig(BaseModel):
+    """Every key of a run, with its default, its check and a line of help.
+
+    Raises ConfigError from ``RunConfig.read`` for an unknown key (naming the nearest) or a value out of range.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+    strategy: str = Field("fedmeta", description="registry name of the strategy")
+    dataset: str = Field("digits", description="registry name of the data set")
+    dataset_args: str = Field(
+        "", description="options of the data set, e.g. 'ways=5 shots=1'"
+    )
+    model: str = Field(
+        "", description="registry name of the model; empty: the data set's usual one"
+    )
+    model_args: str = Field("", description="options of the model, e.g. 'hidden=128'")
+    data_root: str = Field(
+        "",
+        description=f"folder of data sets; empty: {DATA_ENVIRONMENT_VARIABLE}, else ./data",
+    )
+    download: bool = Field(
+        False, description="fetch a missing data set where its library can"
+    )
+    out: str = Field("metabloom-results", description="folder for the results")
+
+    rounds: Count = Field(100, description="federated rounds")
+    seed: int = Field(
+        0, ge=0, description="seed of every random stream but privacy noise"
+    )
+    clients_per_round: Count = Field(8, description="training clients of a round")
+    num_clients: CountOrDefault = Field(
+        0, description="clients of the federation; 0: all there are"
+    )
+
+    inner_lr: Rate = Field(
+        0.5, description="learning rate of the adaptation to a client (alpha)"
+    )
+    inner_steps: Count = Field(
+        1, description="adaptation steps inside one meta-step (K)"
+    )
+    order: Literal["exact", "first", "hf"] = Field(
+        "exact",
+        description="meta-gradient: exact second order, first order, Hessian-free",
+    )
+    outer_lr: Rate = Field(
+        0.01, description="learning rate of fedmeta's server optimiser (beta)"
+    )
+    server_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = Field(
+        "adam",
+        description="torch.optim optimiser of fedmeta's server; its state persists",
+    )
+    local_lr: Rate = Field(
+        0.1, description="learning rate of local training: SGD, or per-fedavg's meta-steps"
+    )
+    local_steps: Count = Field(
+        1, description="per-fedavg: local meta-steps of a round (tau)"
+    )
+    local_epochs: Count = Field(
+        1, description="local epochs of a round (fedavg and its family)"
+    )
+    batch_size: CountOrDefault = Field(
+        0, description="records of a batch; 0: all of the client's"
+    )
+    split: Literal["fixed", "fresh"] = Field(
+        "fresh",
+        description="fedmeta's support and query of a meta-step: the client's own sets, or a new split each time",
+    )
+    weighting: Literal["auto", "uniform", "examples"] = Field(
+        "auto",
+        description="weight of a client: the strategy's own choice, equal, or by its records",
+    )
+    proximal_mu: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="fedprox: mu of the proximal term"
+    )
+    ditto_lambda: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="ditto: pull of the global model on the personal one",
+    )
+    reptile_epsilon: Rate = Field(
+        1.0, description="reptile: step towards the clients' mean"
+    )
+
+    eval_steps: str = Field(
+        "1,5", description="numbers of adaptation steps that an evaluation reports"
+    )
+    eval_every: CountOrDefault = Field(
+        10, description="validate every so many rounds; 0: never"
+    )
+    timeout_s: Rate = Field(
+        3600.0, description="longest wait for the replies of a round"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where clients compute"
+    )
+
+    @field_validator("eval_steps")
+    @classmethod
+    def _eval_steps_are_counts(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdigit() and int(part) >= 1 for part in parts):
+            raise ValueError("must be counts of at least 1 with commas, e.g. '1,5'")
+        return ",".join(str(step) for step in sorted({int(part) for part in parts}))
+
+    @property
+    def adaptation_steps(self) -> tuple[int, ...]:
+        """``eval_steps`` as numbers, ascending."""
+        return tuple(int(part) for part in self.eval_steps.split(","))
+
+    @property
+    def data_folder(self) -> Path:
+        """Where data sets lie: ``data-root``, else the environment variable, else ./data."""
+        chosen = self.data_root or os.environ.get(DATA_ENVIRONMENT_VARIABLE) or "data"
+        return Path(chosen).expanduser()
+
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        """Return the default of every key, in hyphenated form (Flower's ``[tool.flwr.app.config]``)."""
+        return {
+            name.replace("_", "-"): field.default
+            for name, field in cls.model_fields.items()
+        }
+
+    @classmethod
+    def read(cls, values: Mapping[str, object]) -> Self:
+        """Return the configuration that ``values`` (hyphenated keys) describe; raise ConfigError naming each wrong key."""
+        known = cls.keys()
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown configuration key {unknown[0]!r}: did you mean {close[0]!r}? "
+                "'metabloom config' lists every key"
+            )
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as err:
+            lines = [_one_line(dict(problem)) for problem in err.errors()]
+            raise ConfigError("\n".join(lines)) from err
+
+    @classmethod
+    def read_toml(cls, path: Path) -> dict[str, object]:
+        """Return the keys of a TOML file as a flat mapping; raise ConfigError where it is missing or not TOML."""
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise ConfigError(
+                f"configuration file {str(path)!r} does not exist: check the path"
+            ) from err
+        except tomllib.TOMLDecodeError as err:
+            raise ConfigError(
+                f"configuration file {str(path)!r} is not TOML: {err}"
+            ) from err
+
+    def to_flower(self) -> dict[str, Scalar]:
+        """Return every key with its value, hyphenated, as Flower's run config holds them."""
+        return self.model_dump(by_alias=True)
+
+
+def _one_line(problem: dict[str, Any]) -> str:
+    key = "-".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}; 'metabloom config' shows its range"
+
+
+def parse_value(text: str) -> Scalar:
+    """Return ``text`` as the TOML value that it spells, else as the string itself.
+
+    >>> parse_value("0.5"), parse_value("true"), parse_value("digits")
+    (0.5, True, 'digits')
+    """
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | str) else text
+
+
+def parse_options(text: str, *, key: str) -> dict[str, Scalar]:
+    """Return ``'ways=5 shots=1'`` as a mapping; raise ConfigError, naming ``key``, where a part has no ``=``.
+
+    >>> parse_options("ways=5 alphabet='Old Church'", key="dataset-args")
+    {'ways': 5, 'alphabet': 'Old Church'}
+    """
+    options: dict[str, Scalar] = {}
+    for part in shlex.split(text):
+        name, equals, value = part.partition("=")
+        if not (name and equals):
+            raise ConfigError(
+                f"{key} = {text!r}: {part!r} is not of the form name=value, e.g. 'ways=5 shots=1'"
+            )
+        options[name.replace("-", "_")] = parse_value(value)
+    return options

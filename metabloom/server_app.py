@@ -1,0 +1,46 @@
+"""The Flower ServerApp: runs the configured strategy and writes the results."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from .config import RunConfig
+from .sim.results import results_of, write_results
+from .strategies import RoundReport
+from .task import model_of, recipe_of
+from .wire import to_record
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what ``context.run_config`` describes; called by Flower."""
+    run(grid, RunConfig.read(context.run_config))
+
+
+def run(
+    grid: Grid, config: RunConfig, *, on_round: Callable[[RoundReport], None] | None = None
+) -> Path:
+    """Run the configured strategy on ``grid`` and return the folder that the results were written to.
+
+    Raises:
+        MetabloomError: where the configuration, the model or the data cannot work, or no client answers.
+    """
+    recipe, model = recipe_of(config), model_of(config)
+    strategy = recipe.strategy(
+        seed=config.seed,
+        clients_per_round=config.clients_per_round,
+        eval_every=config.eval_every,
+        on_round=on_round,
+        min_train_nodes=1,
+        min_evaluate_nodes=1,
+        min_available_nodes=1,
+    )
+    initial = {name: value.numpy() for name, value in model.state_dict().items()}
+    result = strategy.start(
+        grid, to_record(initial), num_rounds=config.rounds, timeout=config.timeout_s
+    )
+    return write_results(Path(config.out), results_of(config, result), result.arrays)

@@ -1,0 +1,29 @@
+"""Torch modules that are safe under second derivatives and per-sample gradients, by name.
+
+A new model costs one file here: a builder under ``@register_model("name")``. A user's own nn.Module
+needs no name; ``check_model`` says whether it is safe.
+"""
+
+# An import as plain `models` fails on the next line: there is no second copy.
+from .. import __version__ as _v  # noqa: F401
+from ..registry import discover
+from ._build import MODELS, build_model, register_model
+from ._check import check_model, head_names
+from .char_lstm import CharLSTM
+from .cnn import FemnistCNN
+from .conv4 import Conv4
+from .mlp import MLP
+
+discover(__name__, list(__path__))
+
+__all__ = [
+    "MLP",
+    "MODELS",
+    "CharLSTM",
+    "Conv4",
+    "FemnistCNN",
+    "build_model",
+    "check_model",
+    "head_names",
+    "register_model",
+]

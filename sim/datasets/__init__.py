@@ -1,0 +1,1 @@
+"""Data sets that metabloom can federate: one file each, found by discovery."""

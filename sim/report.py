@@ -1,0 +1,139 @@
+"""report.html: one self-contained page with what a run showed."""
+
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+INK, MUTED, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2b6cb0", "#c05621"
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>metabloom: {title}</title>
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+ h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
+ table {{ border-collapse: collapse }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top }}
+ .figures td {{ font-variant-numeric: tabular-nums }} .note {{ color: #616e7c }}
+</style></head><body>
+<h1>{title}</h1>
+{summary}
+<h2>Adaptation of unseen clients</h2>
+<p class="note">Query accuracy of clients that took no part in training, by adaptation steps on their support sets.
+Each thin line is a client; the thick line is their mean.</p>
+{adaptation}
+<h2>Progress by round</h2>
+<p class="note">Validation clients, mean accuracy before and after adaptation.</p>
+{progress}
+<h2>Configuration</h2>
+{configuration}
+</body></html>
+"""
+
+
+def render_report(results: dict[str, Any]) -> str:
+    """Return the page for ``results`` (the content of results.json) as HTML that needs no network."""
+    title = f"{results['strategy']} on {results['dataset']}, seed {results['seed']}"
+    return PAGE.format(
+        title=escape(title),
+        summary=_summary(results),
+        adaptation=_adaptation_curves(results["unseen"]),
+        progress=_progress(results["history"]),
+        configuration=_table([(k, str(v)) for k, v in results["config"].items()]),
+    )
+
+
+def _summary(results: dict[str, Any]) -> str:
+    unseen, clients = results["unseen"], results["clients"]
+    rows = [
+        ("clients", ", ".join(f"{count} {role}" for role, count in clients.items()) or "none"),
+        ("rounds", str(results["rounds"])),
+        ("accuracy of unseen clients before adaptation", _percent(unseen["accuracy_before"])),
+        *(
+            (f"after {steps} step{'s' if steps != '1' else ''}", _percent(value))
+            for steps, value in unseen["accuracy_after"].items()
+        ),
+        ("sent down / up", f"{_mib(results['bytes_down'])} / {_mib(results['bytes_up'])}"),
+        ("time", f"{results['seconds']:.1f} s"),
+        ("failed replies", str(results["failures"])),
+    ]
+    return _table(rows)
+
+
+def _adaptation_curves(unseen: dict[str, Any]) -> str:
+    if not unseen["per_client"]:
+        return "<p>No unseen client was evaluated.</p>"
+    steps = [0, *(int(step) for step in unseen["accuracy_after"])]
+    names = ["accuracy-before", *(f"accuracy-after-{step}" for step in steps[1:])]
+    figure = go.Figure()
+    for one in unseen["per_client"]:
+        figure.add_scatter(
+            x=steps,
+            y=[one.get(name) for name in names],
+            mode="lines",
+            line={"color": MUTED, "width": 1},
+            opacity=0.5,
+            name=one["client"],
+            showlegend=False,
+        )
+    mean = [unseen["accuracy_before"], *unseen["accuracy_after"].values()]
+    figure.add_scatter(
+        x=steps, y=mean, mode="lines+markers", line={"color": ACCENT, "width": 4}, name="mean"
+    )
+    return _html(figure, "adaptation steps", first=True, ticks=steps)
+
+
+def _progress(history: list[dict[str, Any]]) -> str:
+    validated = [entry for entry in history if entry["validation"]]
+    if not validated:
+        return "<p>No round was validated (eval-every = 0).</p>"
+    rounds = [entry["round"] for entry in validated]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=rounds,
+        y=[entry["validation"]["accuracy_before"] for entry in validated],
+        mode="lines+markers",
+        line={"color": MUTED},
+        name="before",
+    )
+    steps = list(validated[0]["validation"]["accuracy_after"])
+    colors = [SECOND, ACCENT, INK]
+    for position, step in enumerate(steps):
+        figure.add_scatter(
+            x=rounds,
+            y=[entry["validation"]["accuracy_after"][step] for entry in validated],
+            mode="lines+markers",
+            line={"color": colors[position % len(colors)]},
+            name=f"after {step}",
+        )
+    return _html(figure, "round")
+
+
+def _html(
+    figure: go.Figure, x_title: str, *, first: bool = False, ticks: list[int] | None = None
+) -> str:
+    """Return a figure as a div; the first one brings the script that all of them share."""
+    figure.update_layout(
+        template="plotly_white",
+        height=380,
+        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        legend={"orientation": "h", "y": 1.08},
+        xaxis={"title": x_title, **({"tickvals": ticks} if ticks else {})},
+        yaxis={"title": "accuracy", "range": [0, 1.02], "tickformat": ".0%"},
+    )
+    html: str = figure.to_html(full_html=False, include_plotlyjs=first)
+    return html
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows
+    )
+    return f'<table class="figures">{cells}</table>'
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,100 @@
+"""The results of a run as plain data, and the files that hold them."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flwr.app import ArrayRecord
+from safetensors.numpy import save
+
+from .. import __version__
+from ..clients.evaluation import ACCURACY_BEFORE, LOSS_BEFORE, accuracy_after, loss_after
+from ..config import RunConfig
+from ..files import write_atomic
+from ..strategies import ClientScore, RoundReport, RunResult
+from ..wire import from_record
+from .report import render_report
+
+RESULTS, MODEL, REPORT = "results.json", "model.safetensors", "report.html"
+
+
+def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
+    """Return the results of a run as JSON-ready data; NaN and infinity become null.
+
+    Accuracies and losses are macro averages: the mean over clients, each client counting once.
+    """
+    data = {
+        "version": __version__,
+        "strategy": config.strategy,
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "config": config.to_flower(),
+        "clients": result.clients,
+        "unseen": _adaptation(result.unseen, config.adaptation_steps),
+        "history": [_round(report, config.adaptation_steps) for report in result.rounds],
+        "bytes_down": sum(report.bytes_down for report in result.rounds),
+        "bytes_up": sum(report.bytes_up for report in result.rounds),
+        "seconds": sum(report.seconds for report in result.rounds),
+        "failures": sum(len(report.failures) for report in result.rounds),
+    }
+    return _finite(data)  # type: ignore[no-any-return]  # a dict comes back as a dict
+
+
+def write_results(folder: Path, results: dict[str, Any], arrays: ArrayRecord) -> Path:
+    """Write results.json, model.safetensors and report.html into ``folder``, each whole or not at all; return the folder."""
+    write_atomic(folder / MODEL, save(from_record(arrays)))
+    write_atomic(folder / REPORT, render_report(results).encode())
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_atomic(folder / RESULTS, text.encode())
+    return folder
+
+
+def _adaptation(scores: Sequence[ClientScore], steps: Sequence[int]) -> dict[str, Any]:
+    """Return accuracy and loss before and after adaptation, averaged over clients, and for each client."""
+    return {
+        "average": "macro",
+        "accuracy_before": _mean(scores, ACCURACY_BEFORE),
+        "accuracy_after": {str(n): _mean(scores, accuracy_after(n)) for n in steps},
+        "loss_before": _mean(scores, LOSS_BEFORE),
+        "loss_after": {str(n): _mean(scores, loss_after(n)) for n in steps},
+        "per_client": [
+            {"client": one.client, "num_examples": one.num_examples, **one.metrics}
+            for one in scores
+        ],
+    }
+
+
+def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
+    validation = _adaptation(report.validation, steps) if report.validation else None
+    if validation:
+        del validation["per_client"]
+    return {
+        "round": report.round,
+        "clients": list(report.clients),
+        "failures": [{"client": name, "reason": reason} for name, reason in report.failures],
+        "train": report.train_metrics,
+        "validation": validation,
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "seconds": report.seconds,
+    }
+
+
+def _mean(scores: Sequence[ClientScore], metric: str) -> float | None:
+    values = [one.metrics[metric] for one in scores if metric in one.metrics]
+    return fmean(values) if values else None
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with every number that JSON cannot hold replaced by None."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,34 @@
+"""Server side: one algorithm a file, each a pure rule inside one shared Flower shell."""
+
+from .. import __version__ as _v  # noqa: F401  a plain `import strategies` fails here: there is no second copy
+from ..registry import discover
+from .ditto import Ditto
+from .fedavg import FedAvg
+from .fedmeta import FedMeta
+from .fedprox import FedProx
+from .per_fedavg import PerFedAvg
+from .recipe import STRATEGIES, Recipe
+from .reptile import Reptile
+from .rules import Reply, Rule, interpolate, server_optimizer
+from .shell import ClientScore, RoundReport, RuleStrategy, RunResult
+
+discover(__name__, __path__)
+
+__all__ = [
+    "STRATEGIES",
+    "ClientScore",
+    "Ditto",
+    "FedAvg",
+    "FedMeta",
+    "FedProx",
+    "PerFedAvg",
+    "Recipe",
+    "Reply",
+    "Reptile",
+    "RoundReport",
+    "Rule",
+    "RuleStrategy",
+    "RunResult",
+    "interpolate",
+    "server_optimizer",
+]

@@ -1,0 +1,32 @@
+r"""Ditto (Li et al., 2012.04221).
+
+The global model w is FedAvg's. Each client also keeps a personal model v_i, pulled to the global one:
+
+    v_i <- v_i - eta * (grad F_i(v_i) + lambda * (v_i - w))
+
+v_i never leaves its client. An unseen client starts its own at w when it is evaluated.
+"""
+
+from typing import Any
+
+from ..config import RunConfig
+from .fedavg import FedAvg, local_sgd
+from .recipe import STRATEGIES, Recipe, weighting_of
+
+
+class Ditto(FedAvg):
+    """FedAvg on the server; the personal models are the clients' own. See ``FedAvg`` for the arguments."""
+
+    def __init__(self, **shell: Any) -> None:
+        super().__init__(**shell)
+
+
+@STRATEGIES.register("ditto")
+def recipe(config: RunConfig) -> Recipe:
+    """FedAvg, with a personal model on each client that is pulled to the global one."""
+    weighting = weighting_of(config, "examples")
+    return Recipe(
+        strategy=lambda **shell: Ditto(weighting=weighting, **shell),
+        client="sgd",
+        client_options={**local_sgd(config), "ditto_lambda": config.ditto_lambda},
+    )

@@ -1,0 +1,46 @@
+r"""FedAvg (McMahan et al., 1602.05629).
+
+    w <- sum_i p_i w_i,    p_i = n_i / sum_S n
+
+over the clients that answered. Differences from ``flwr.serverapp.strategy.FedAvg``: seeded sampling, roles, float64 accumulation, and
+integer arrays keep their value and dtype.
+"""
+
+from typing import Any
+
+from ..config import RunConfig
+from .recipe import STRATEGIES, Recipe, weighting_of
+from .rules import Weighting, interpolate
+from .shell import RuleStrategy
+
+
+class FedAvg(RuleStrategy):
+    """Take the weighted mean of the clients' models.
+
+    Args:
+        weighting: "examples" (p_i = n_i / sum n) or "uniform".
+        shell: see ``RuleStrategy``.
+    """
+
+    def __init__(self, *, weighting: Weighting = "examples", **shell: Any) -> None:
+        super().__init__(interpolate(weighting=weighting), **shell)
+
+
+def local_sgd(config: RunConfig) -> dict[str, object]:
+    """Return the options of plain local SGD that FedAvg and its family share."""
+    return {
+        "local_lr": config.local_lr,
+        "local_epochs": config.local_epochs,
+        "batch_size": config.batch_size,
+    }
+
+
+@STRATEGIES.register("fedavg")
+def recipe(config: RunConfig) -> Recipe:
+    """Weighted mean of locally trained models; fine-tuned on the support set at evaluation."""
+    weighting = weighting_of(config, "examples")
+    return Recipe(
+        strategy=lambda **shell: FedAvg(weighting=weighting, **shell),
+        client="sgd",
+        client_options=local_sgd(config),
+    )

@@ -1,0 +1,45 @@
+r"""Reptile, federated (Nichol et al., 1803.02999; FedReptile, 1909.12488).
+
+    w <- w - epsilon * sum_i p_i (w - w_i)
+
+with w_i after local SGD. epsilon = 1 is FedAvg, to the bit.
+"""
+
+from typing import Any
+
+from ..config import RunConfig
+from .fedavg import local_sgd
+from .recipe import STRATEGIES, Recipe, weighting_of
+from .rules import Weighting, interpolate
+from .shell import RuleStrategy
+
+
+class Reptile(RuleStrategy):
+    """Step from the global model towards the mean of locally trained ones.
+
+    Args:
+        epsilon: length of the step, > 0; 1 is FedAvg.
+        weighting: "uniform" or "examples".
+        shell: see ``RuleStrategy``.
+
+    Raises:
+        ConfigError: where epsilon is not a finite number above 0.
+    """
+
+    def __init__(
+        self, *, epsilon: float = 1.0, weighting: Weighting = "uniform", **shell: Any
+    ) -> None:
+        super().__init__(interpolate(epsilon, weighting=weighting), **shell)
+
+
+@STRATEGIES.register("reptile")
+def recipe(config: RunConfig) -> Recipe:
+    """Local SGD, then a step of length epsilon towards the clients' mean."""
+    weighting = weighting_of(config, "uniform")
+    return Recipe(
+        strategy=lambda **shell: Reptile(
+            epsilon=config.reptile_epsilon, weighting=weighting, **shell
+        ),
+        client="sgd",
+        client_options=local_sgd(config),
+    )

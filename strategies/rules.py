@@ -1,0 +1,115 @@
+r"""Aggregation rules: pure functions on named arrays.
+
+A rule is a pair (init, update): ``state = init(arrays)``; ``state, arrays = update(state, arrays, replies)``. Rules see NumPy arrays and
+plain numbers, never Flower's messages; the shell around them does the talking. Sums are accumulated in float64 and given back in the dtype
+that came in. Integer arrays (counters) are not averaged: the value that was sent stays.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError
+from ..wire import NamedArrays
+
+Arrays = dict[str, np.ndarray]
+State = Mapping[str, Any]
+Weighting = Literal["uniform", "examples"]
+OptimizerFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One client's answer: its arrays by name, and the number of its training records."""
+
+    arrays: NamedArrays
+    num_examples: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pure aggregation rule; see the module's text."""
+
+    init: Callable[[NamedArrays], State]
+    update: Callable[[State, NamedArrays, Sequence[Reply]], tuple[State, Arrays]]
+
+
+def weights_of(replies: Sequence[Reply], weighting: Weighting) -> np.ndarray:
+    """Return p with sum 1 over the clients that answered: 1/n, or in proportion to ``num_examples``."""
+    if weighting == "uniform":
+        return np.full(len(replies), 1.0 / len(replies))
+    counts = np.array([reply.num_examples for reply in replies], dtype=np.float64)
+    return counts / counts.sum()
+
+
+def weighted_mean(
+    sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting
+) -> dict[str, np.ndarray]:
+    """Return sum_i p_i w_i for each floating array, in float64; the arrays of ``sent`` for the others."""
+    p = weights_of(replies, weighting)
+    mean: Arrays = {}
+    for name, value in sent.items():
+        if not np.issubdtype(value.dtype, np.floating):
+            mean[name] = value
+            continue
+        total = np.zeros(value.shape, dtype=np.float64)
+        for share, reply in zip(p, replies, strict=True):
+            total += share * reply.arrays[name]
+        mean[name] = total
+    return mean
+
+
+def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> Rule:
+    """Return the rule w <- (1 - epsilon) w + epsilon * sum_i p_i w_i: FedAvg at epsilon = 1, Reptile below.
+
+    Raises:
+        ConfigError: where epsilon is not a finite number above 0.
+    """
+    if not 0 < epsilon < np.inf:
+        raise ConfigError(f"epsilon = {epsilon!r}: must be a finite number above 0")
+
+    def update(
+        state: State, sent: NamedArrays, replies: Sequence[Reply]
+    ) -> tuple[State, Arrays]:
+        mean = weighted_mean(sent, replies, weighting)
+        if epsilon == 1.0:  # exactly the mean, to the bit
+            return state, {name: mean[name].astype(sent[name].dtype) for name in sent}
+        new = {
+            name: ((1 - epsilon) * value + epsilon * mean[name]).astype(value.dtype)
+            if np.issubdtype(value.dtype, np.floating)
+            else value
+            for name, value in sent.items()
+        }
+        return state, new
+
+    return Rule(init=lambda _: {}, update=update)
+
+
+def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "uniform") -> Rule:
+    """Return the rule that gives the pseudo-gradient w - sum_i p_i w_i to a torch.optim optimiser whose state persists.
+
+    Args:
+        factory: ``factory(parameters) -> torch.optim.Optimizer``.
+        weighting: "uniform" or "examples".
+    """
+
+    def update(
+        state: State, sent: NamedArrays, replies: Sequence[Reply]
+    ) -> tuple[State, Arrays]:
+        mean = weighted_mean(sent, replies, weighting)
+        floating = [n for n, value in sent.items() if np.issubdtype(value.dtype, np.floating)]
+        params = [torch.from_numpy(np.array(sent[name])).requires_grad_() for name in floating]
+        for name, param in zip(floating, params, strict=True):
+            param.grad = torch.from_numpy(sent[name] - mean[name]).to(param.dtype)
+        optimizer = factory(params)
+        if state:
+            optimizer.load_state_dict(copy.deepcopy(dict(state)))  # the old state stays as it was
+        optimizer.step()
+        stepped = {n: p.detach().numpy() for n, p in zip(floating, params, strict=True)}
+        return optimizer.state_dict(), {n: stepped.get(n, sent[n]) for n in sent}
+
+    return Rule(init=lambda _: {}, update=update)

@@ -1,0 +1,349 @@
+"""The Flower shell that all strategies share: roll call, seeded sampling, a pure rule, and evaluation apart by role.
+
+``RuleStrategy`` is a Flower FedAvg: it takes FedAvg's keyword arguments, runs under Flower's own ``Strategy.start`` loop and touches
+nothing but the Grid, so the same object works in the simulator, under ``flwr run`` and on a SuperLink.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from ..errors import ConfigError, MetabloomError
+from ..streams import numpy_stream
+from ..wire import NUM_EXAMPLES, SERVER_ROUND, from_record, to_record
+from .roll_call import Node, call_roll, expected_nodes
+from .rules import Reply, Rule, State
+
+POLL_S = 1.0
+GATHER_S = 30.0  # how long to wait for announced nodes that have not connected yet
+
+
+@dataclass(frozen=True)
+class ClientScore:
+    """The evaluation metrics of one client: ``metrics`` as the client names them, ``num_examples`` query records."""
+
+    client: str
+    partition_id: int | None
+    role: str
+    num_examples: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round did: who trained, what failed, metrics, bytes of arrays down and up, seconds."""
+
+    round: int
+    clients: tuple[str, ...]
+    failures: tuple[tuple[str, str], ...]
+    train_metrics: dict[str, float]
+    validation: tuple[ClientScore, ...]
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass
+class RunResult(Result):
+    """Flower's Result, with the reports of all rounds, the scores of the unseen clients under the final model, and nodes by role."""
+
+    rounds: list[RoundReport] = field(default_factory=list)
+    unseen: list[ClientScore] = field(default_factory=list)
+    clients: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Round:
+    """What is known of the round in progress."""
+
+    number: int = 0
+    sent: dict[str, Any] = field(default_factory=dict)
+    started: float = 0.0
+    clients: tuple[str, ...] = ()
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    train_metrics: dict[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class RuleStrategy(FedAvg):
+    """A Flower strategy made of a pure rule and the shared shell.
+
+    Args:
+        rule: how replies become the next global model.
+        seed: of node sampling, which also depends on the round, never on the order or the ids of nodes.
+        clients_per_round: training clients of a round; None: ``fraction_train`` and ``min_train_nodes`` decide.
+        eval_every: validate every so many rounds; 0: never. The unseen clients are evaluated once, after the last round.
+        on_round: called with a RoundReport after each round (a progress bar).
+        fedavg: any keyword argument of Flower's FedAvg.
+
+    Raises:
+        ConfigError: where a value is out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        seed: int = 0,
+        clients_per_round: int | None = None,
+        eval_every: int = 1,
+        on_round: Callable[[RoundReport], None] | None = None,
+        **fedavg: Any,
+    ) -> None:
+        if clients_per_round is not None and clients_per_round < 1:
+            raise ConfigError(f"clients_per_round = {clients_per_round}: must be at least 1")
+        if eval_every < 0:
+            raise ConfigError(f"eval_every = {eval_every}: must be at least 0 (0: never)")
+        super().__init__(**fedavg)
+        self.rule = rule
+        self.seed = seed
+        self.clients_per_round = clients_per_round
+        self.eval_every = eval_every
+        self.on_round = on_round
+        self._reset()
+
+    def _reset(self) -> None:
+        self._state: State | None = None
+        self._nodes: dict[int, Node] = {}
+        self._timeout = 3600.0
+        self._grace = GATHER_S
+        self._round = _Round()
+        self._reports: list[RoundReport] = []
+
+    # -- the run -----------------------------------------------------------------------------------------------------------------
+
+    def start(  # type: ignore[override]  # returns a Result with more in it
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> RunResult:
+        """Run Flower's loop for ``num_rounds``, then evaluate the final model on the unseen clients; arguments as in Flower.
+
+        Raises:
+            MetabloomError: where too few nodes connect, or no client answered in any round (with the first reason).
+        """
+        self._reset()
+        self._timeout = timeout
+        result = super().start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
+        failed = [failure for report in self._reports for failure in report.failures]
+        if not result.arrays and failed:
+            client, reason = failed[0]
+            raise MetabloomError(f"no client answered in any round; {client} said: {reason}")
+        arrays = result.arrays or initial_arrays
+        unseen = self._evaluate_unseen(grid, arrays, evaluate_config or ConfigRecord())
+        roles = Counter(node.role or "train" for node in self._nodes.values())
+        return RunResult(
+            **{**vars(result), "arrays": arrays},
+            rounds=list(self._reports),
+            unseen=unseen,
+            clients={role: roles[role] for role in ("train", "validation", "unseen")},
+        )
+
+    def summary(self) -> None:
+        """Log FedAvg's summary and what the shell adds to it."""
+        log(INFO, "\t├──> Clients per round: %s", self.clients_per_round or "by fraction_train")
+        log(INFO, "\t├──> Validation: every %s rounds", self.eval_every)
+        super().summary()
+
+    # -- training ----------------------------------------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return train messages to the round's sample of the training nodes."""
+        self._round = _Round(
+            number=server_round, sent=from_record(arrays), started=time.perf_counter()
+        )
+        if self.fraction_train == 0.0:
+            return []
+        self._gather(grid)
+        candidates = self._with_role("train")
+        size = self.clients_per_round or max(
+            int(len(candidates) * self.fraction_train), self.min_train_nodes
+        )
+        chosen = self._sample(candidates, size, "sample", server_round)
+        self._round.clients = tuple(node.name for node in chosen)
+        return self._messages(arrays, config, chosen, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the rule's next model and the aggregated metrics; (None, None) where no client answered."""
+        good = self._good(replies, is_train=True)
+        if not good:
+            log(WARNING, "round %d: no client answered, the model stays as it is", server_round)
+            return None, None
+        contents = [message.content for message in good]
+        answers = [self._answer(content) for content in contents]
+        self._round.bytes_up += sum(_size(r) for c in contents for r in c.array_records.values())
+        sent = self._round.sent
+        state = self.rule.init(sent) if self._state is None else self._state
+        self._state, new = self.rule.update(state, sent, answers)
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        self._round.train_metrics = _numbers(metrics)
+        return to_record(new), metrics
+
+    # -- evaluation --------------------------------------------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return evaluate messages to the validation nodes; where nodes have no roles, to a sample as FedAvg would."""
+        if self.fraction_evaluate == 0.0 or not self.eval_every or server_round % self.eval_every:
+            return []
+        self._gather(grid)
+        if any(node.role for node in self._nodes.values()):
+            chosen = self._with_role("validation")
+        else:
+            nodes = self._with_role("train")
+            size = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
+            chosen = self._sample(nodes, size, "evaluate", server_round)
+        return self._messages(arrays, config, chosen, MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the aggregated metrics of the validation clients (None where there are none) and close the round."""
+        good = self._good(replies, is_train=False)
+        scores = tuple(self._score(message) for message in good)
+        metrics = None
+        if good:
+            contents = [message.content for message in good]
+            metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
+        report = self._close_round(scores)
+        self._reports.append(report)
+        if self.on_round:
+            self.on_round(report)
+        return metrics
+
+    def _evaluate_unseen(
+        self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[ClientScore]:
+        nodes = self._with_role("unseen")
+        if not nodes:
+            return []
+        messages = self._messages(arrays, config, nodes, MessageType.EVALUATE)
+        replies = grid.send_and_receive(messages, timeout=self._timeout)
+        return [self._score(message) for message in self._good(replies, is_train=False)]
+
+    # -- nodes -------------------------------------------------------------------------------------------------------------------
+
+    def _gather(self, grid: Grid) -> None:
+        """Wait, within bounds, for the nodes that there should be; ask each new one who it is."""
+        deadline = time.monotonic() + self._timeout
+        grace = time.monotonic() + self._grace
+        self._grace = 0.0  # once: announced nodes that never came must not hold every round
+        while True:
+            ids = list(grid.get_node_ids())
+            self._nodes = call_roll(grid, ids, self._nodes, timeout_s=self._timeout)
+            needed = max(self.min_available_nodes, 1)
+            if len(ids) >= max(needed, expected_nodes(self._nodes)):
+                return
+            if len(ids) >= needed and time.monotonic() > grace:
+                return
+            if time.monotonic() > deadline:
+                raise MetabloomError(
+                    f"{len(ids)} nodes are connected, {needed} are needed, and {self._timeout:g} s have passed: "
+                    "start more SuperNodes, or lower min_available_nodes"
+                )
+            time.sleep(POLL_S)
+
+    def _with_role(self, role: str) -> list[Node]:
+        """Return the nodes of a role by partition; a node that never said its role trains."""
+        found = [node for node in self._nodes.values() if (node.role or "train") == role]
+        return sorted(found, key=lambda node: node.order)
+
+    def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
+        if size > len(nodes):
+            log(WARNING, "%d clients wanted, %d there are: all of them take part", size, len(nodes))
+        picks = numpy_stream(self.seed, purpose, server_round).choice(
+            len(nodes), size=min(size, len(nodes)), replace=False
+        )
+        return [nodes[pick] for pick in sorted(picks)]
+
+    # -- messages ----------------------------------------------------------------------------------------------------------------
+
+    def _messages(
+        self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
+    ) -> list[Message]:
+        record = RecordDict(
+            {
+                self.arrayrecord_key: arrays,
+                self.configrecord_key: ConfigRecord(
+                    {**config, SERVER_ROUND: self._round.number}
+                ),
+            }
+        )
+        self._round.bytes_down += _size(arrays) * len(nodes)
+        return list(self._construct_messages(record, [node.node_id for node in nodes], kind))
+
+    def _good(self, replies: Iterable[Message], *, is_train: bool) -> list[Message]:
+        """Return the replies without an error, by partition; note the others."""
+        good, bad = self._check_and_log_replies(list(replies), is_train=is_train)
+        for message in bad:
+            name = self._node(message).name
+            self._round.failures.append((name, message.error.reason or "no reason given"))
+        return sorted(good, key=lambda message: self._node(message).order)
+
+    def _node(self, message: Message) -> Node:
+        node_id = message.metadata.src_node_id
+        return self._nodes.get(node_id) or Node(node_id)
+
+    def _answer(self, content: RecordDict) -> Reply:
+        (arrays,) = content.array_records.values()
+        (metrics,) = content.metric_records.values()
+        return Reply(from_record(arrays), float(metrics[self.weighted_by_key]))  # type: ignore[arg-type]  # checked: no list
+
+    def _score(self, message: Message) -> ClientScore:
+        node = self._node(message)
+        (metrics,) = message.content.metric_records.values()
+        numbers = _numbers(metrics)
+        count = numbers.pop(self.weighted_by_key, 0.0)
+        return ClientScore(node.name, node.partition_id, node.role or "train", count, numbers)
+
+    def _close_round(self, scores: tuple[ClientScore, ...]) -> RoundReport:
+        now = self._round
+        return RoundReport(
+            round=now.number,
+            clients=now.clients,
+            failures=tuple(now.failures),
+            train_metrics=now.train_metrics,
+            validation=scores,
+            bytes_down=now.bytes_down,
+            bytes_up=now.bytes_up,
+            seconds=time.perf_counter() - now.started,
+        )
+
+
+def _size(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())
+
+
+def _numbers(metrics: MetricRecord) -> dict[str, float]:
+    return {name: float(v) for name, v in metrics.items() if not isinstance(v, list)}
+
+
+__all__ = ["NUM_EXAMPLES", "ClientScore", "RoundReport", "RuleStrategy", "RunResult"]
