@@ -48,7 +48,7 @@ check: $(READY) ## lint, format and types
 	@$(BIN)/python tests/house/types_tree.py
 	@$(BIN)/mypy
 
-docs: $(READY) ## rewrite docs/configuration.md from the configuration's own descriptions
+docs: $(READY) ## write RunConfig's keys into pyproject.toml and docs/configuration.md
 	@METABLOOM_REWRITE=1 $(BIN)/python -m pytest -q tests/house/test_configuration_keys.py
 
 scoreboard: $(READY) ## run each benchmark in benchmarks/ and print its table

@@ -1,4 +1,6 @@
-"""Client side: local updates as pure functions, NumPyClients around them, and the adapter to Flower."""
+"""Client side: pure local updates, NumPyClients around them, and the adapter to Flower."""
+
+from collections.abc import Callable
 
 from .. import __version__ as _v  # noqa: F401  a plain `import clients` fails here: there is no second copy
 from ..registry import Registry
@@ -11,7 +13,7 @@ from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
 from .sgd import SGDClient, sgd_update
 
-CLIENTS: Registry[type[Learner]] = Registry("client")
+CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
 CLIENTS.add("maml", MAMLClient)
 CLIENTS.add("sgd", SGDClient)
 

@@ -1,6 +1,10 @@
-"""One NumPyClient for every server: Message-API strategies, legacy strategies, and the roll call."""
+"""One NumPyClient for every server.
+
+Message-API strategies, legacy strategies, and the roll call.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -35,7 +39,8 @@ def client_app(
     Args:
         client_fn: ``client_fn(context) -> NumPyClient``, called for each message.
         mods: Flower mods around the client, the first one outermost.
-        properties: what a node says of itself at the roll call, without building its client; None asks ``client.get_properties``.
+        properties: what a node says of itself at the roll call, without building its client; None
+            asks ``client.get_properties``.
     """
 
     def legacy_client(context: Context) -> Client:
@@ -74,8 +79,8 @@ def _train(client: NumPyClient, content: RecordDict) -> RecordDict:
     trained, num_examples, metrics = client.fit(parameters, _config(content))
     if len(trained) != len(names):
         raise WireError(
-            f"{type(client).__name__}.fit returned {len(trained)} arrays for {len(names)} received: "
-            "return one for each, in the order received"
+            f"{type(client).__name__}.fit returned {len(trained)} arrays for {len(names)} "
+            "received: return one for each, in the order received"
         )
     arrays = to_record(dict(zip(names, map(np.asarray, trained), strict=True)))
     return RecordDict({ARRAYS: arrays, **_measured(metrics, num_examples)})
@@ -87,16 +92,18 @@ def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
     return RecordDict(_measured({"loss": loss, **metrics}, num_examples))
 
 
-def _received(
-    client: NumPyClient, content: RecordDict
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Return the names and arrays of the one ArrayRecord; a client with ``array_names`` gets them by name, in its order."""
+def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Return the names and arrays of the one ArrayRecord.
+
+    A client with ``array_names`` gets them by name, in its order.
+    """
     if len(content.array_records) != 1:
         raise WireError(
             f"the message holds {len(content.array_records)} ArrayRecords, exactly one is needed: "
             f"send {{'{ARRAYS}': ArrayRecord, '{CONFIG}': ConfigRecord}}"
         )
-    arrays = from_record(_only(content.array_records))
+    (record,) = content.array_records.values()
+    arrays = from_record(record)
     names: tuple[str, ...] = getattr(client, "array_names", tuple(arrays))
     if set(names) != set(arrays):
         wrong = sorted(set(names) ^ set(arrays))
@@ -108,25 +115,29 @@ def _received(
 
 
 def _config(content: RecordDict) -> dict[str, bool | bytes | float | int | str]:
-    records = content.config_records
-    return dict(_only(records)) if len(records) == 1 else {}  # type: ignore[arg-type]  # lists pass too
-
-
-def _only(records: dict[str, ArrayRecord] | dict[str, ConfigRecord]):  # type: ignore[no-untyped-def]
-    return next(iter(records.values()))
+    """Return the message's config; lists pass as they are, though NumPyClient's type has none."""
+    merged: dict[str, Any] = {}
+    for record in content.config_records.values():
+        merged |= record
+    return merged
 
 
 def _measured(
     metrics: dict[str, bool | bytes | float | int | str], num_examples: int
-) -> dict[str, MetricRecord | ConfigRecord]:
-    """Return numbers as the MetricRecord; text and bytes, which that cannot hold, as a ConfigRecord beside it."""
-    numbers = {
+) -> dict[str, ArrayRecord | MetricRecord | ConfigRecord]:
+    """Return numbers as the MetricRecord.
+
+    Text and bytes, which that cannot hold, as a ConfigRecord beside it.
+    """
+    numbers: dict[str, Any] = {
         name: int(value) if isinstance(value, bool | int | np.integer) else float(value)
         for name, value in metrics.items()
         if not isinstance(value, str | bytes)
     }
-    texts = {name: value for name, value in metrics.items() if isinstance(value, str | bytes)}
-    records: dict[str, MetricRecord | ConfigRecord] = {
+    texts: dict[str, Any] = {
+        name: value for name, value in metrics.items() if isinstance(value, str | bytes)
+    }
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
         METRICS: MetricRecord({**numbers, NUM_EXAMPLES: int(num_examples)})
     }
     if texts:

@@ -11,7 +11,10 @@ from .data import Batch, ClientData
 def minibatches(
     records: Batch, *, batch_size: int, epochs: int, generator: torch.Generator
 ) -> Iterator[Batch]:
-    """Yield each record once an epoch, in batches of ``batch_size`` (0: all at once), in a new order each epoch."""
+    """Yield each record once an epoch, in a new order each epoch.
+
+    Batches hold ``batch_size`` records, the last one maybe fewer; 0 puts all into one batch.
+    """
     total = len(records[1])
     size = batch_size or total
     for _ in range(epochs):
@@ -21,7 +24,10 @@ def minibatches(
 
 
 def draw(records: Batch, *, size: int, generator: torch.Generator) -> Batch:
-    """Return ``size`` different records drawn uniformly (0, or more than there are: all of them, as they stand)."""
+    """Return ``size`` different records drawn uniformly.
+
+    0, or more than there are, gives all of them as they stand.
+    """
     total = len(records[1])
     if size == 0 or size >= total:
         return records
@@ -29,7 +35,7 @@ def draw(records: Batch, *, size: int, generator: torch.Generator) -> Batch:
 
 
 def resplit(data: ClientData, *, generator: torch.Generator) -> ClientData:
-    """Return the client's records in a fresh support/query split with as many support records of each class as before."""
+    """Return the client's records in a fresh split, with as many support records of each class."""
     inputs, targets = data.all
     wanted = torch.bincount(data.support[1], minlength=int(targets.max()) + 1)
     order = torch.randperm(len(targets), generator=generator)

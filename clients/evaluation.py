@@ -1,4 +1,7 @@
-"""Evaluation of a model that adapts: loss and accuracy on the query set before and after numbers of adaptation steps."""
+"""Evaluation of a model that adapts.
+
+Loss and accuracy on the query set before and after numbers of adaptation steps.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -32,9 +35,12 @@ def adaptation_curve(
     steps: Sequence[int],
     advance: Advance,
 ) -> dict[str, float]:
-    """Return query loss and accuracy before adaptation and after each number of ``steps`` (ascending, each >= 1).
+    """Return query loss and accuracy before adaptation and after each number of ``steps``.
 
-    ``advance(params, n)`` returns the parameters after n more adaptation steps; it must not see the query set.
+    ``steps`` are ascending counts of at least 1.
+
+    ``advance(params, n)`` returns the parameters after n more adaptation steps; it must not see the
+    query set.
     """
     loss, accuracy = score(model, loss_fn, params, query)
     metrics = {LOSS_BEFORE: loss, ACCURACY_BEFORE: accuracy}
@@ -48,10 +54,11 @@ def adaptation_curve(
     return metrics
 
 
-def score(
-    model: nn.Module, loss_fn: LossFn, params: Params, records: Batch
-) -> tuple[float, float]:
-    """Return (mean loss, accuracy in [0, 1]) on ``records``; the accuracy of the largest output against integer targets."""
+def score(model: nn.Module, loss_fn: LossFn, params: Params, records: Batch) -> tuple[float, float]:
+    """Return (mean loss, accuracy in [0, 1]) on ``records``.
+
+    The accuracy of the largest output against integer targets.
+    """
     inputs, targets = records
     total, correct = torch.zeros((), dtype=torch.float64), 0
     for start in range(0, len(targets), CHUNK):

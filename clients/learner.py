@@ -1,10 +1,14 @@
-"""What every client of ours shares: a model, its data, the exchange of arrays, and evaluation by adaptation."""
+"""What every client of ours shares.
+
+A model, its data, the exchange of arrays, and evaluation by adaptation.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from flwr.app import Context
 from flwr.client import NumPyClient
 from torch import nn
 
@@ -25,8 +29,10 @@ class Learner(NumPyClient):
     """A Flower NumPyClient that evaluates a model by adapting it to the client's support set.
 
     Args:
-        model: called functionally and never changed; its state_dict says which arrays are exchanged, in its order.
-        data: the client's support and query sets, or a function that loads them when they are first needed.
+        model: called functionally and never changed; its state_dict says which arrays are
+            exchanged, in its order.
+        data: the client's support and query sets, or a function that loads them when they are first
+            needed.
         loss_fn: ``loss_fn(output, target)``, a scalar mean over the batch.
         inner_lr: learning rate of the adaptation, > 0.
         eval_steps: ascending numbers of adaptation steps that an evaluation reports, each >= 1.
@@ -35,6 +41,7 @@ class Learner(NumPyClient):
         seed: of the client's random streams, which also depend on ``name`` and the round.
         name: identity of the client.
         device: where to compute.
+        context: Flower's Context of this message, for clients that keep state over the rounds.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -53,6 +60,7 @@ class Learner(NumPyClient):
         seed: int = 0,
         name: str = "",
         device: str = "cpu",
+        context: Context | None = None,
     ) -> None:
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
         if list(eval_steps) != sorted(set(eval_steps)) or not all(n >= 1 for n in eval_steps):
@@ -70,6 +78,7 @@ class Learner(NumPyClient):
         self.seed = seed
         self.name = name
         self.device = device
+        self.context = context
         self.array_names = tuple(model.state_dict())
         self._data = data
 
@@ -91,7 +100,7 @@ class Learner(NumPyClient):
         return [value.detach().cpu().numpy() for value in self.model.state_dict().values()]
 
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
-        """Return (query loss after the most steps, query records, metrics before and after each of ``eval_steps``)."""
+        """Return (query loss after the most steps, number of query records, adaptation curve)."""
         del config
         params = self.load(parameters)
         query = self.data.query
@@ -103,7 +112,10 @@ class Learner(NumPyClient):
         return curve[last], len(query[1]), dict(curve)
 
     def adaptation(self, params: Params) -> tuple[Params, Advance]:
-        """Return where this client's adaptation starts, and its steps: gradient steps on the whole support set."""
+        """Return where this client's adaptation starts, and its steps.
+
+        Gradient steps on the whole support set.
+        """
         support = self.data.support
         return params, lambda point, steps: adapt(
             self.model,
@@ -116,7 +128,9 @@ class Learner(NumPyClient):
         )
 
     def load(self, parameters: NDArrays) -> Params:
-        """Return the received arrays as the model's parameters on the device; received buffers go into a copy of the model.
+        """Return the received arrays as the model's parameters on the device.
+
+        Received buffers go into a copy of the model.
 
         Raises:
             WireError: where their number or a shape is not the model's.
@@ -125,13 +139,13 @@ class Learner(NumPyClient):
         if len(parameters) != len(own):
             raise WireError(
                 f"client {self.name!r} received {len(parameters)} arrays, its "
-                f"{type(self.model).__name__} has {len(own)}: server and client must build the same model"
+                f"{type(self.model).__name__} has {len(own)}: both ends must build the same model"
             )
         for (name, value), array in zip(own.items(), parameters, strict=True):
             if tuple(array.shape) != tuple(value.shape):
                 raise WireError(
-                    f"client {self.name!r} received {name!r} of shape {tuple(array.shape)}, its model's is "
-                    f"{tuple(value.shape)}: server and client must build the same model"
+                    f"client {self.name!r} received {name!r} of shape {tuple(array.shape)}, its "
+                    f"model's is {tuple(value.shape)}: both ends must build the same model"
                 )
         received = {
             name: torch.from_numpy(np.array(array)).to(self.device)
@@ -145,7 +159,10 @@ class Learner(NumPyClient):
         return {name: value for name, value in received.items() if name in trainable}
 
     def dump(self, params: Params, received: NDArrays) -> NDArrays:
-        """Return ``params`` as arrays in the order and dtypes received; buffers go back as they came."""
+        """Return ``params`` as arrays in the order and dtypes received.
+
+        Buffers go back as they came.
+        """
         return [
             params[name].detach().cpu().numpy().astype(array.dtype, copy=False)
             if name in params
@@ -154,5 +171,5 @@ class Learner(NumPyClient):
         ]
 
     def stream(self, purpose: str, config: Config) -> torch.Generator:
-        """Return the random stream of this client for ``purpose`` in the round that ``config`` names."""
+        """Return this client's random stream for ``purpose`` in the round that ``config`` names."""
         return torch_stream(self.seed, purpose, int(config.get(SERVER_ROUND, 0)), self.name)

@@ -1,6 +1,7 @@
 """Local training as pure (begin, step, finish) functions.
 
-A serial loop, a compiled step and a vectorised cohort can all drive the same three functions; ``run_update`` is the serial one.
+A serial loop, a compiled step and a vectorised cohort can all drive the same three functions;
+``run_update`` is the serial one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class LocalUpdate(Generic[State, Item]):
-    """One local training rule; every function returns new values and writes into none of its arguments.
+    """One local training rule: functions that return new values and write into no argument.
 
     Attributes:
         begin: received parameters -> state.

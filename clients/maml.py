@@ -1,12 +1,14 @@
-r"""Local meta-steps: MAML on a client (1703.03400), federated as FedMeta (1802.07876) or Per-FedAvg (2002.07948).
+r"""Local meta-steps: MAML on a client, federated as FedMeta or Per-FedAvg.
+
+Papers: MAML 1703.03400, FedMeta 1802.07876, Per-FedAvg 2002.07948.
 
 Each local meta-step, on a support and a query batch:
 
     w <- w - beta * d/dw L_query(w - alpha * grad L_support(w))
 
-FedMeta is one meta-step with beta = 1: the server then finds the meta-gradient in the difference w - w_i and gives it to an optimiser of
-its own. Per-FedAvg is tau meta-steps with three independent batches D (inner), D' (query), D'' (Hessian) each, and the server takes the
-mean of the models.
+FedMeta is one meta-step with beta = 1: the server then finds the meta-gradient in the difference w
+- w_i and gives it to an optimiser of its own. Per-FedAvg is tau meta-steps with three independent
+batches D (inner), D' (query), D'' (Hessian) each, and the server takes the mean of the models.
 """
 
 import math
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from flwr.app import Context
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -29,7 +32,10 @@ QUERY_LOSS = "query-loss"
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """The batches of one meta-step: ``curvature`` is the batch of the Hessian, None for the support batch."""
+    """The batches of one meta-step.
+
+    ``curvature`` is the batch of the Hessian, None for the support batch.
+    """
 
     support: Batch
     query: Batch
@@ -54,7 +60,10 @@ def maml_update(
     order: Order = "exact",
     adapt: Predicate | None = None,
 ) -> LocalUpdate[MetaState, MetaBatch]:
-    """Return the update whose every step is w <- w - outer_lr * meta-gradient; arguments as in ``meta_gradient``."""
+    """Return the update whose every step is w <- w - outer_lr * meta-gradient.
+
+    Arguments as in ``meta_gradient``.
+    """
 
     def step(state: MetaState, batch: MetaBatch) -> MetaState:
         found = meta_gradient(
@@ -82,7 +91,8 @@ class MAMLClient(Learner):
     """A Flower NumPyClient that trains by local meta-steps and evaluates by adaptation.
 
     Args:
-        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``seed``, ``name`` and ``device``.
+        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``seed``, ``name``
+            and ``device``.
         data: see ``Learner``.
         inner_lr: alpha > 0.
         outer_lr: beta > 0. With 1 and one local step the reply is w - g: what ``FedMeta`` expects.
@@ -90,8 +100,9 @@ class MAMLClient(Learner):
         local_steps: meta-steps of a round, >= 1.
         order: "exact", "first" or "hf".
         batch_size: records of each support and query batch; 0 takes the whole sets.
-        split: how a meta-step gets its batches. "fixed": from the client's support and query sets; "fresh": from a new split of all its
-            records, with as many support records of each class; "independent": three independent batches of all its records (Per-FedAvg).
+        split: how a meta-step gets its batches. "fixed": from the client's support and query sets;
+            "fresh": from a new split of all its records, with as many support records of each
+            class; "independent": three independent batches of all its records (Per-FedAvg).
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -115,6 +126,7 @@ class MAMLClient(Learner):
         seed: int = 0,
         name: str = "",
         device: str = "cpu",
+        context: Context | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -127,11 +139,14 @@ class MAMLClient(Learner):
             seed=seed,
             name=name,
             device=device,
+            context=context,
         )
         if not 0 < outer_lr < math.inf:
             raise ConfigError(f"outer_lr = {outer_lr!r}: must be a finite number above 0")
         if not (isinstance(local_steps, int) and local_steps >= 1):
-            raise ConfigError(f"local_steps = {local_steps!r}: must be a whole number of at least 1")
+            raise ConfigError(
+                f"local_steps = {local_steps!r}: must be a whole number of at least 1"
+            )
         if split not in _SPLITS:
             raise ConfigError(f"split = {split!r}: must be one of {', '.join(_SPLITS)}")
         self.local_steps = local_steps
@@ -147,7 +162,7 @@ class MAMLClient(Learner):
         )
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        """Return (the model after ``local_steps`` meta-steps, the client's records, {"query-loss": mean over the steps})."""
+        """Return (model after ``local_steps`` meta-steps, number of records, mean query loss)."""
         params = self.load(parameters)
         result = run_update(self.update, params, self._batches(self.stream("maml", config)))
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)

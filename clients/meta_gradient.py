@@ -1,4 +1,4 @@
-r"""Meta-gradients: the derivative of the query loss after adaptation with respect to the parameters before it.
+r"""Meta-gradients: d (query loss after adaptation) / d (parameters before it).
 
 Inner loop, k = 0..K-1, on the adapted parameters a (all of them by default):
 
@@ -9,11 +9,13 @@ Reverse recursion from v_K = grad L_query(theta_K), for k = K-1..0:
     d alpha -= grad_a L_support(theta_k) o v_a
     v       <- v - H_support(theta_k)[:, a] (alpha * v_a)
 
-and v_0 is the exact meta-gradient. ``order`` says what becomes of the Hessian-vector product: "exact" computes it by torch.func,
-"first" drops it (FOMAML), "hf" takes a central difference of gradients (Hessian-free).
+and v_0 is the exact meta-gradient. ``order`` says what becomes of the Hessian-vector product:
+"exact" computes it by torch.func, "first" drops it (FOMAML), "hf" takes a central difference of
+gradients (Hessian-free).
 
-Papers: MAML 1703.03400; Meta-SGD 1707.09835 (alpha a tensor of the parameters' shapes); ANIL 1909.09157 and BOIL 2008.08882 (``adapt``);
-Per-FedAvg 2002.07948 (``curvature``: the Hessian on a batch of its own, and the Hessian-free variant).
+Papers: MAML 1703.03400; Meta-SGD 1707.09835 (alpha a tensor of the parameters' shapes); ANIL
+1909.09157 and BOIL 2008.08882 (``adapt``); Per-FedAvg 2002.07948 (``curvature``: the Hessian on a
+batch of its own, and the Hessian-free variant).
 """
 
 import math
@@ -67,15 +69,19 @@ def meta_gradient(
     Args:
         model: called functionally and never changed.
         loss_fn: ``loss_fn(output, target)``, a scalar mean over the batch.
-        params: the parameters before adaptation, any floating dtype (float64 for finite differences).
+        params: the parameters before adaptation, any floating dtype (float64 for finite
+            differences).
         support: ``(inputs, targets)`` to adapt on.
         query: ``(inputs, targets)`` to score on.
-        inner_lr: alpha > 0; or, for Meta-SGD, one tensor for each adapted parameter, of its shape and any sign.
+        inner_lr: alpha > 0; or, for Meta-SGD, one tensor for each adapted parameter, of its shape
+            and any sign.
         steps: K >= 1.
         order: "exact", "first" (no Hessian) or "hf" (central difference of gradients).
-        adapt: which parameter names the inner loop moves; None means all. The outer gradient covers all parameters in any case.
+        adapt: which parameter names the inner loop moves; None means all. The outer gradient covers
+            all parameters in any case.
         curvature: the batch of the Hessian; None means ``support``. Not used by "first".
-        delta: step of the central difference along the direction, > 0; None chooses cbrt(eps) relative to the parameters.
+        delta: step of the central difference along the direction, > 0; None chooses cbrt(eps)
+            relative to the parameters.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -122,9 +128,12 @@ def adapt(
     steps: int = 1,
     adapt: Predicate | None = None,
 ) -> Params:
-    """Return the parameters after ``steps`` gradient steps on ``support``: theta <- theta - alpha * grad L(theta).
+    """Return the parameters after ``steps`` gradient steps on ``support``.
 
-    Takes and checks its arguments as ``meta_gradient`` does; names that are not adapted come back as they are.
+        theta <- theta - alpha * grad L(theta)
+
+    Takes and checks its arguments as ``meta_gradient`` does; names that are not adapted come back
+    as they are.
     """
     check_inner_loop(inner_lr, steps, params, adapt)
     loss = objective(model, loss_fn)
@@ -146,9 +155,7 @@ def check_inner_loop(
         raise ConfigError(f"adapt selects none of the parameters {', '.join(params)}")
     if not isinstance(inner_lr, Mapping):
         if not 0 < inner_lr < math.inf:
-            raise ConfigError(
-                f"inner_lr = {inner_lr!r}: must be a finite number above 0, e.g. 0.1"
-            )
+            raise ConfigError(f"inner_lr = {inner_lr!r}: must be a finite number above 0, e.g. 0.1")
         return
     for name in names:
         shape = tuple(params[name].shape)
@@ -156,7 +163,8 @@ def check_inner_loop(
             raise ConfigError(f"inner_lr has no tensor for the adapted parameter {name!r}")
         if tuple(inner_lr[name].shape) != shape:
             raise ConfigError(
-                f"inner_lr[{name!r}] has shape {tuple(inner_lr[name].shape)}: the parameter's {shape} is needed"
+                f"inner_lr[{name!r}] has shape {tuple(inner_lr[name].shape)}: "
+                f"the parameter's {shape} is needed"
             )
 
 
@@ -177,9 +185,9 @@ def _partial_gradient(
     loss: Objective, theta: Params, names: tuple[str, ...], batch: Batch
 ) -> Params:
     """Return the gradient with respect to ``names`` alone, the other parameters held."""
-    return torch.func.grad(lambda part: loss({**theta, **part}, batch))(
-        {name: theta[name] for name in names}
-    )
+    gradient = torch.func.grad(lambda part: loss({**theta, **part}, batch))
+    found: Params = gradient({name: theta[name] for name in names})
+    return found
 
 
 def _linearise(
@@ -193,7 +201,7 @@ def _linearise(
 ) -> tuple[Params, Pullback]:
     """Return the inner gradient at ``theta`` and the map u -> H[:, adapted] u at ``theta``."""
     if order == "exact":
-        gradient, pullback = torch.func.vjp(
+        gradient, pullback = torch.func.vjp(  # type: ignore[misc]  # two values without has_aux
             lambda point: _partial_gradient(loss, point, names, curved), theta
         )
         if curved is not support:

@@ -17,7 +17,8 @@ Objective = Callable[[Params, Batch], Tensor]
 def objective(model: nn.Module, loss_fn: LossFn) -> Objective:
     """Return ``f(params, (inputs, targets)) = loss_fn(model(inputs; params), targets)``, a scalar.
 
-    The model is called functionally and never changed: its buffers are copied, its own parameters are not used.
+    The model is called functionally and never changed: its buffers are copied, its own parameters
+    are not used.
 
     Raises (when called):
         ModelError: where the loss is not a scalar.

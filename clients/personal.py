@@ -20,7 +20,7 @@ class PersonalModel:
     def __init__(self, context: Context | None) -> None:
         if context is None:
             raise ConfigError(
-                "a personal model needs context=: it lasts over the rounds in Flower's Context.state"
+                "a personal model needs context=: it lasts over rounds in Flower's Context.state"
             )
         self._state = context.state
 

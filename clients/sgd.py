@@ -1,8 +1,11 @@
-r"""Local SGD: the client of FedAvg (1602.05629), FedProx (1812.06127), Reptile (1803.02999) and Ditto (2012.04221).
+r"""Local SGD: the client of FedAvg, FedProx, Reptile and Ditto.
+
+Papers: FedAvg 1602.05629, FedProx 1812.06127, Reptile 1803.02999, Ditto 2012.04221.
 
     w <- w - lr * (grad L(w; batch) + mu * (w - anchor))
 
-FedProx: the anchor is the received model. Ditto: a second, personal model v takes the same steps with the received model as its anchor,
+FedProx: the anchor is the received model. Ditto: a second, personal model v takes the same steps
+with the received model as its anchor,
     v <- v - lr * (grad L(v; batch) + lambda * (v - w)),
 and stays on the client. mu = 0 is plain SGD.
 """
@@ -55,7 +58,8 @@ def sgd_update(
         lr: > 0.
         proximal_mu: >= 0, weight of (mu / 2) ||w - anchor||^2.
         anchor: None means the parameters that training begins with.
-        train: which parameter names move; None means all. The others are held (FedRep's phases, FedBABU's head).
+        train: which parameter names move; None means all. The others are held (FedRep's phases,
+            FedBABU's head).
     """
     loss = objective(model, loss_fn)
 
@@ -85,16 +89,19 @@ def sgd_update(
 
 
 class SGDClient(Learner):
-    """A Flower NumPyClient that trains by epochs of SGD, and evaluates before and after fine-tuning.
+    """A Flower NumPyClient that trains by epochs of SGD and evaluates with fine-tuning.
 
     Args:
-        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``batch_size``, ``seed``, ``name`` and ``device``.
+        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``batch_size``,
+            ``seed``, ``name`` and ``device``.
         data: see ``Learner``; training uses support and query records alike.
         inner_lr: learning rate of the fine-tuning at evaluation, > 0.
         local_lr: learning rate of training, > 0.
         local_epochs: epochs of a round, >= 1.
-        proximal_mu: FedProx's mu >= 0. A ``proximal-mu`` in the train config (Flower's FedProx strategy sends it) takes its place.
-        ditto_lambda: None for no personal model; else Ditto's lambda >= 0, and ``context`` is needed.
+        proximal_mu: FedProx's mu >= 0. A ``proximal-mu`` in the train config (Flower's FedProx
+            strategy sends it) takes its place.
+        ditto_lambda: None for no personal model; else Ditto's lambda >= 0, and ``context`` is
+            needed.
         context: Flower's Context, in whose state the personal model lasts over the rounds.
 
     Raises:
@@ -131,6 +138,7 @@ class SGDClient(Learner):
             seed=seed,
             name=name,
             device=device,
+            context=context,
         )
         if not 0 < local_lr < math.inf:
             raise ConfigError(f"local_lr = {local_lr!r}: must be a finite number above 0")
@@ -146,7 +154,10 @@ class SGDClient(Learner):
         self.personal = None if ditto_lambda is None else PersonalModel(context)
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        """Return (the trained model, the client's records, {"train-loss": mean over the steps}); Ditto also trains its own."""
+        """Return (the trained model, the client's records, {"train-loss": mean over the steps}).
+
+        Ditto also trains its own.
+        """
         received = self.load(parameters)
         update = sgd_update(
             self.model,
@@ -165,7 +176,10 @@ class SGDClient(Learner):
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
 
     def adaptation(self, params: Params) -> tuple[Params, Advance]:
-        """Return where adaptation starts, and its steps; Ditto starts at its personal model, pulled to the received one."""
+        """Return where adaptation starts, and its steps.
+
+        Ditto starts at its personal model, pulled to the received one.
+        """
         if self.personal is None:
             return super().adaptation(params)
         update, support = self._pulled_to(params, self.inner_lr), self.data.support

@@ -1,7 +1,8 @@
 """Meta-learning, distillation and differential privacy for Flower.
 
-The import name and the Flower app. The four rooms ``strategies``, ``clients``, ``models`` and ``sim`` are subpackages: nested here in a
-wheel, beside this folder in a checkout and in an app bundle.
+The import name and the Flower app. The four rooms ``strategies``, ``clients``, ``models`` and
+``sim`` are subpackages: nested here in a wheel, beside this folder in a checkout and in an app
+bundle.
 """
 
 from pathlib import Path

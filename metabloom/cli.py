@@ -34,9 +34,7 @@ console = Console()
 def simulate(
     strategy: Annotated[str | None, typer.Option(help="Registry name of the strategy.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Registry name of the data set.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with configuration keys.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with configuration keys.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One configuration key; repeatable."),
@@ -44,7 +42,7 @@ def simulate(
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
     verbose: Annotated[bool, typer.Option(help="Show Flower's log.")] = False,
 ) -> None:
-    """Run a federation in this process and write results.json, model.safetensors and report.html."""
+    """Run a federation in this process; write results.json, model.safetensors, report.html."""
     values = RunConfig.read_toml(config) if config else {}
     values |= dict(_assignment(text) for text in set_ or [])
     chosen = {"strategy": strategy, "dataset": dataset, "out": out}
@@ -80,13 +78,11 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with one message and status 2, without a traceback."""
+    """Run the command line; a user's mistake ends with one message and status 2."""
     try:
         app()
     except MetabloomError as err:
-        Console(stderr=True).print(
-            "[bold red]error:[/bold red]", escape(str(err)), soft_wrap=True
-        )
+        Console(stderr=True).print("[bold red]error:[/bold red]", escape(str(err)), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
@@ -101,7 +97,10 @@ def _assignment(text: str) -> tuple[str, object]:
 
 
 def _run(config: RunConfig, *, verbose: bool) -> Path:
-    """Run ``config`` on a grid with one node for each client of the federation; return the folder of the results."""
+    """Run ``config`` on a grid with one node for each client of the federation.
+
+    Return the folder of the results.
+    """
     # Torch takes seconds to import: only the command that computes pays for it.
     from .client_app import app as client
     from .server_app import run

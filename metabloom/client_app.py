@@ -18,9 +18,6 @@ def client_fn(context: Context) -> Learner:
     config = RunConfig.read(context.run_config)
     recipe = recipe_of(config)
     federation, index = _place(context, config)
-    options = dict(recipe.client_options)
-    if recipe.client == "sgd":
-        options["context"] = context
     return CLIENTS[recipe.client](
         model_of(config),
         lambda: federation.client(index),
@@ -29,7 +26,8 @@ def client_fn(context: Context) -> Learner:
         seed=config.seed,
         name=federation.client_ids[index],
         device=device_of(config),
-        **options,
+        context=context,
+        **recipe.client_options,
     )
 
 
@@ -43,7 +41,7 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
 
 
 def _place(context: Context, config: RunConfig) -> tuple[Federation, int]:
-    """Return the federation, with no more clients than there are nodes, and this node's index in it."""
+    """Return the federation, with no more clients than nodes, and this node's index in it."""
     index = int(context.node_config[PARTITION_ID])
     nodes = int(context.node_config[NUM_PARTITIONS])
     federation = federation_of(config)

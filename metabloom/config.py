@@ -1,6 +1,9 @@
-"""The run configuration: one frozen, checked object read once from the command line, a TOML file or Flower's run config.
+"""The run configuration: one frozen, checked object.
 
-Keys are written with hyphens (``inner-lr``) wherever a user writes them; the same key is ``config.inner_lr`` in Python.
+It is read once, from the command line, a TOML file or Flower's run config.
+
+Keys are written with hyphens (``inner-lr``) wherever a user writes them; the same key is
+``config.inner_lr`` in Python.
 """
 
 import difflib
@@ -26,7 +29,8 @@ DATA_ENVIRONMENT_VARIABLE = "METABLOOM_DATA"
 class RunConfig(BaseModel):
     """Every key of a run, with its default, its check and a line of help.
 
-    Raises ConfigError from ``RunConfig.read`` for an unknown key (naming the nearest) or a value out of range.
+    Raises ConfigError from ``RunConfig.read`` for an unknown key (naming the nearest) or a value
+    out of range.
     """
 
     model_config = ConfigDict(
@@ -38,9 +42,7 @@ class RunConfig(BaseModel):
 
     strategy: str = Field("fedmeta", description="registry name of the strategy")
     dataset: str = Field("digits", description="registry name of the data set")
-    dataset_args: str = Field(
-        "", description="options of the data set, e.g. 'ways=5 shots=1'"
-    )
+    dataset_args: str = Field("", description="options of the data set, e.g. 'ways=5 shots=1'")
     model: str = Field(
         "", description="registry name of the model; empty: the data set's usual one"
     )
@@ -49,33 +51,23 @@ class RunConfig(BaseModel):
         "",
         description=f"folder of data sets; empty: {DATA_ENVIRONMENT_VARIABLE}, else ./data",
     )
-    download: bool = Field(
-        False, description="fetch a missing data set where its library can"
-    )
+    download: bool = Field(False, description="fetch a missing data set where its library can")
     out: str = Field("metabloom-results", description="folder for the results")
 
     rounds: Count = Field(100, description="federated rounds")
-    seed: int = Field(
-        0, ge=0, description="seed of every random stream but privacy noise"
-    )
+    seed: int = Field(0, ge=0, description="seed of every random stream but privacy noise")
     clients_per_round: Count = Field(8, description="training clients of a round")
     num_clients: CountOrDefault = Field(
         0, description="clients of the federation; 0: all there are"
     )
 
-    inner_lr: Rate = Field(
-        0.5, description="learning rate of the adaptation to a client (alpha)"
-    )
-    inner_steps: Count = Field(
-        1, description="adaptation steps inside one meta-step (K)"
-    )
+    inner_lr: Rate = Field(0.5, description="learning rate of the adaptation to a client (alpha)")
+    inner_steps: Count = Field(1, description="adaptation steps inside one meta-step (K)")
     order: Literal["exact", "first", "hf"] = Field(
         "exact",
         description="meta-gradient: exact second order, first order, Hessian-free",
     )
-    outer_lr: Rate = Field(
-        0.01, description="learning rate of fedmeta's server optimiser (beta)"
-    )
+    outer_lr: Rate = Field(0.01, description="learning rate of fedmeta's server optimiser (beta)")
     server_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = Field(
         "adam",
         description="torch.optim optimiser of fedmeta's server; its state persists",
@@ -83,18 +75,12 @@ class RunConfig(BaseModel):
     local_lr: Rate = Field(
         0.1, description="learning rate of local training: SGD, or per-fedavg's meta-steps"
     )
-    local_steps: Count = Field(
-        1, description="per-fedavg: local meta-steps of a round (tau)"
-    )
-    local_epochs: Count = Field(
-        1, description="local epochs of a round (fedavg and its family)"
-    )
-    batch_size: CountOrDefault = Field(
-        0, description="records of a batch; 0: all of the client's"
-    )
+    local_steps: Count = Field(1, description="per-fedavg: local meta-steps of a round (tau)")
+    local_epochs: Count = Field(1, description="local epochs of a round (fedavg and its family)")
+    batch_size: CountOrDefault = Field(0, description="records of a batch; 0: all of the client's")
     split: Literal["fixed", "fresh"] = Field(
         "fresh",
-        description="fedmeta's support and query of a meta-step: the client's own sets, or a new split each time",
+        description="fedmeta's support and query: the client's own sets, or a new split each step",
     )
     weighting: Literal["auto", "uniform", "examples"] = Field(
         "auto",
@@ -109,22 +95,14 @@ class RunConfig(BaseModel):
         allow_inf_nan=False,
         description="ditto: pull of the global model on the personal one",
     )
-    reptile_epsilon: Rate = Field(
-        1.0, description="reptile: step towards the clients' mean"
-    )
+    reptile_epsilon: Rate = Field(1.0, description="reptile: step towards the clients' mean")
 
     eval_steps: str = Field(
         "1,5", description="numbers of adaptation steps that an evaluation reports"
     )
-    eval_every: CountOrDefault = Field(
-        10, description="validate every so many rounds; 0: never"
-    )
-    timeout_s: Rate = Field(
-        3600.0, description="longest wait for the replies of a round"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where clients compute"
-    )
+    eval_every: CountOrDefault = Field(10, description="validate every so many rounds; 0: never")
+    timeout_s: Rate = Field(3600.0, description="longest wait for the replies of a round")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients compute")
 
     @field_validator("eval_steps")
     @classmethod
@@ -147,15 +125,15 @@ class RunConfig(BaseModel):
 
     @classmethod
     def keys(cls) -> dict[str, Any]:
-        """Return the default of every key, in hyphenated form (Flower's ``[tool.flwr.app.config]``)."""
-        return {
-            name.replace("_", "-"): field.default
-            for name, field in cls.model_fields.items()
-        }
+        """Return the default of every key, hyphenated, as Flower's app config lists them."""
+        return {name.replace("_", "-"): field.default for name, field in cls.model_fields.items()}
 
     @classmethod
     def read(cls, values: Mapping[str, object]) -> Self:
-        """Return the configuration that ``values`` (hyphenated keys) describe; raise ConfigError naming each wrong key."""
+        """Return the configuration that ``values`` (hyphenated keys) describe.
+
+        Raise ConfigError naming each wrong key.
+        """
         known = cls.keys()
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -172,7 +150,10 @@ class RunConfig(BaseModel):
 
     @classmethod
     def read_toml(cls, path: Path) -> dict[str, object]:
-        """Return the keys of a TOML file as a flat mapping; raise ConfigError where it is missing or not TOML."""
+        """Return the keys of a TOML file as a flat mapping.
+
+        Raise ConfigError where it is missing or not TOML.
+        """
         try:
             return tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as err:
@@ -180,9 +161,7 @@ class RunConfig(BaseModel):
                 f"configuration file {str(path)!r} does not exist: check the path"
             ) from err
         except tomllib.TOMLDecodeError as err:
-            raise ConfigError(
-                f"configuration file {str(path)!r} is not TOML: {err}"
-            ) from err
+            raise ConfigError(f"configuration file {str(path)!r} is not TOML: {err}") from err
 
     def to_flower(self) -> dict[str, Scalar]:
         """Return every key with its value, hyphenated, as Flower's run config holds them."""
@@ -192,7 +171,8 @@ class RunConfig(BaseModel):
 def _one_line(problem: dict[str, Any]) -> str:
     key = "-".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}; 'metabloom config' shows its range"
+    said = message[0].lower() + message[1:]
+    return f"{key} = {problem['input']!r}: {said}; 'metabloom config' says what it means"
 
 
 def parse_value(text: str) -> Scalar:
@@ -209,7 +189,9 @@ def parse_value(text: str) -> Scalar:
 
 
 def parse_options(text: str, *, key: str) -> dict[str, Scalar]:
-    """Return ``'ways=5 shots=1'`` as a mapping; raise ConfigError, naming ``key``, where a part has no ``=``.
+    """Return ``'ways=5 shots=1'`` as a mapping.
+
+    Raise ConfigError, naming ``key``, where a part has no ``=``.
 
     >>> parse_options("ways=5 alphabet='Old Church'", key="dataset-args")
     {'ways': 5, 'alphabet': 'Old Church'}

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class MetabloomError(Exception):
-    """Base of every error that this project raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that this project raises on purpose.
+
+    The command line prints it without a traceback.
+    """
 
 
 class ConfigError(MetabloomError, ValueError):

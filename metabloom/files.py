@@ -8,7 +8,9 @@ from .errors import ConfigError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader, or a crash at any moment, finds the old file or the new one, never a part.
+    """Write ``content`` to ``path``, whole or not at all.
+
+    A reader, or a crash at any moment, finds the old file or the new one, never a part.
 
     Raises:
         ConfigError: where the folder cannot be made or written to.

@@ -1,4 +1,4 @@
-"""Names for things: one registry for each kind (strategies, clients, models, data sets), filled by discovery."""
+"""Names for strategies, clients, models and data sets: a registry each, filled by discovery."""
 
 import importlib
 import pkgutil
@@ -29,9 +29,7 @@ class Registry(Generic[T]):
     def add(self, name: str, value: T) -> None:
         """Give ``name`` to ``value``; raise ConfigError where another value has it already."""
         if name in self._entries and self._entries[name] != value:
-            raise ConfigError(
-                f"{self.kind} {name!r} is registered twice: choose another name"
-            )
+            raise ConfigError(f"{self.kind} {name!r} is registered twice: choose another name")
         self._entries[name] = value
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -59,7 +57,7 @@ class Registry(Generic[T]):
 
 
 def discover(package: str, path: list[str]) -> None:
-    """Import every public module of ``package`` (whose folders are ``path``), so that each registers what it offers."""
+    """Import every public module in the folders ``path`` of ``package``, so that it registers."""
     for module in sorted(pkgutil.iter_modules(path), key=lambda found: found.name):
         if not module.name.startswith("_"):
             importlib.import_module(f"{package}.{module.name}")

@@ -24,10 +24,11 @@ def main(grid: Grid, context: Context) -> None:
 def run(
     grid: Grid, config: RunConfig, *, on_round: Callable[[RoundReport], None] | None = None
 ) -> Path:
-    """Run the configured strategy on ``grid`` and return the folder that the results were written to.
+    """Run the configured strategy on ``grid`` and return the folder with the results.
 
     Raises:
-        MetabloomError: where the configuration, the model or the data cannot work, or no client answers.
+        MetabloomError: where the configuration, the model or the data cannot work, or no client
+            answers.
     """
     recipe, model = recipe_of(config), model_of(config)
     strategy = recipe.strategy(

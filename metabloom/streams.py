@@ -1,7 +1,7 @@
 """Random streams derived by identity, never from global state.
 
-``numpy_stream(seed, "sample", round)`` depends on its arguments alone, so results do not depend on the number of workers, on the order of
-replies or on what else drew random numbers before.
+``numpy_stream(seed, "sample", round)`` depends on its arguments alone, so results do not depend on
+the number of workers, on the order of replies or on what else drew random numbers before.
 """
 
 import hashlib
@@ -41,7 +41,10 @@ def torch_stream(seed: int, *identity: int | str) -> "torch.Generator":
 
 @contextmanager
 def torch_seeded(seed: int, *identity: int | str) -> Iterator[None]:
-    """Run a block under one stream where torch offers only its global generator (module initialisation, dropout); restore it after."""
+    """Run a block under one stream where torch offers only its global generator.
+
+    That is module initialisation and dropout. The generator is restored afterwards.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):

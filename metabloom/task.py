@@ -1,6 +1,7 @@
 """From a configuration to what both ends of a run build: the federation, the model, the algorithm.
 
-Server and clients call the same functions on the same configuration, so they agree without sending more than arrays.
+Server and clients call the same functions on the same configuration, so they agree without sending
+more than arrays.
 """
 
 from functools import lru_cache
@@ -8,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .config import RunConfig, parse_options
+from .config import RunConfig, Scalar, parse_options
 from .errors import ConfigError
 from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
@@ -27,7 +28,10 @@ def spec_of(config: RunConfig) -> DataSpec:
 
 @lru_cache(maxsize=8)
 def federation_of(config: RunConfig, num_clients: int = 0) -> Federation:
-    """Return the configured federation of ``num_clients`` (0: as configured); one for each process."""
+    """Return the configured federation of ``num_clients`` (0: as configured).
+
+    One for each process.
+    """
     return load_federation(
         config.dataset,
         root=config.data_folder,
@@ -40,15 +44,16 @@ def federation_of(config: RunConfig, num_clients: int = 0) -> Federation:
 
 @lru_cache(maxsize=8)
 def model_of(config: RunConfig) -> nn.Module:
-    """Return the configured model with its initial weights, checked against the data set; one for each process, not to be changed."""
+    """Return the configured model with its initial weights, checked against the data set.
+
+    One for each process, not to be changed.
+    """
     spec = spec_of(config)
     chosen = config.model or spec.model
     usual = dict(spec.model_options) if chosen == spec.model else {}
     options = {**usual, **parse_options(config.model_args, key="model-args")}
     shape, classes = spec.input_shape, spec.num_classes
-    model = build_model(
-        chosen, input_shape=shape, num_classes=classes, seed=config.seed, **options
-    )
+    model = build_model(chosen, input_shape=shape, num_classes=classes, seed=config.seed, **options)
     dtype = getattr(torch, spec.input_dtype)
     check_model(model, input_shape=shape, num_classes=classes, input_dtype=dtype)
     return model
@@ -64,5 +69,12 @@ def device_of(config: RunConfig) -> str:
     return config.device
 
 
-def _options(config: RunConfig) -> dict[str, bool | int | float | str]:
-    return parse_options(config.dataset_args, key="dataset-args")
+def _options(config: RunConfig) -> dict[str, Scalar]:
+    options = parse_options(config.dataset_args, key="dataset-args")
+    for name in ("root", "seed", "num_clients", "download"):
+        if name in options:
+            key = "data-root" if name == "root" else name.replace("_", "-")
+            raise ConfigError(
+                f"dataset-args = {config.dataset_args!r}: {name} is a key of its own, set {key}"
+            )
+    return options

@@ -1,8 +1,9 @@
-"""The wire contract: the names inside messages, and the step between Flower's records and named NumPy arrays.
+"""The wire contract: the names inside messages, and records as named NumPy arrays.
 
-Train and evaluate messages hold ``{"arrays": ArrayRecord, "config": ConfigRecord}``; train replies ``{"arrays": ArrayRecord,
-"metrics": MetricRecord with "num-examples"}``; evaluate replies ``{"metrics": ...}``. They are Flower's own names, so that our clients
-serve Flower's strategies and our strategies serve other people's clients.
+Train and evaluate messages hold ``{"arrays": ArrayRecord, "config": ConfigRecord}``; train replies
+``{"arrays": ArrayRecord, "metrics": MetricRecord with "num-examples"}``; evaluate replies
+``{"metrics": ...}``. They are Flower's own names, so that our clients serve Flower's strategies and
+our strategies serve other people's clients.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ NamedArrays = Mapping[str, np.ndarray]
 def to_record(arrays: NamedArrays) -> ArrayRecord:
     """Return ``arrays`` as a Flower ArrayRecord with the same names, order, shapes and dtypes."""
     return ArrayRecord(
-        {name: Array(np.ascontiguousarray(value)) if value.ndim else Array(value) for name, value in arrays.items()}
+        {
+            name: Array(np.ascontiguousarray(value)) if value.ndim else Array(value)
+            for name, value in arrays.items()
+        }
     )
 
 

@@ -7,8 +7,8 @@ and the values computed stay torchvision's.
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.mobilenetv3 import InvertedResidual  # type: ignore[import-untyped]  # no types there
-from torchvision.models.resnet import BasicBlock  # type: ignore[import-untyped]  # no types there
+from torchvision.models.mobilenetv3 import InvertedResidual
+from torchvision.models.resnet import BasicBlock
 
 
 class ResidualBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types

@@ -22,7 +22,7 @@ def resnet18(input_shape: Sequence[int], num_classes: int) -> nn.Module:
 
     Raises ModelError where the records are no images.
     """
-    from torchvision.models.resnet import ResNet  # type: ignore[import-untyped]  # no types there
+    from torchvision.models.resnet import ResNet
 
     from ._residual import ResidualBlock
 
@@ -38,7 +38,7 @@ def mobilenet_v3_small(input_shape: Sequence[int], num_classes: int) -> nn.Modul
 
     Raises ModelError where the records are no images.
     """
-    from torchvision import models, ops  # type: ignore[import-untyped]  # no types there
+    from torchvision import models, ops
 
     from ._residual import HardSigmoid, InvertedBlock
 

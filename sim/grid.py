@@ -1,8 +1,10 @@
 """A Flower Grid inside one process: virtual nodes that answer at once, one after another.
 
-``Strategy.start`` touches nothing but the Grid, so a strategy runs here as it does under ``flwr run`` and on a SuperLink.
+``Strategy.start`` touches nothing but the Grid, so a strategy runs here as it does under ``flwr
+run`` and on a SuperLink.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,9 +32,9 @@ class _Node:
 class CohortGrid(Grid):
     """Hand messages to virtual nodes in this process.
 
-    Node ids are derived from the seed and are not partition ids, so that nothing comes to rely on their order. A client that raises
-    answers with an error message, as under Flower's own engine. Only one grid at a time: Flower keeps the identity of the running task
-    in the process.
+    Node ids are derived from the seed and are not partition ids, so that nothing comes to rely on
+    their order. A client that raises answers with an error message, as under Flower's own engine.
+    Only one grid at a time: Flower keeps the identity of the running task in the process.
 
     Args:
         app: the ClientApp of every node.
@@ -100,7 +102,7 @@ class CohortGrid(Grid):
         return sorted(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages, wait for each answer, and return the ids under which the answers can be pulled."""
+        """Deliver messages, wait for each answer, and return the ids to pull answers by."""
         return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -110,7 +112,10 @@ class CohortGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Deliver messages and return the answers; ``timeout`` is not needed, since nodes answer before this returns."""
+        """Deliver messages and return the answers.
+
+        ``timeout`` is not needed, since nodes answer before this returns.
+        """
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
@@ -128,12 +133,12 @@ class CohortGrid(Grid):
         if node is None:
             reason = f"there is no node {message.metadata.dst_node_id} in this grid"
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
-        # Nodes share the records of a broadcast: a client gets a dictionary of its own, so that it cannot add to its neighbours'.
-        own = Message(RecordDict(dict(message.content)), metadata=message.metadata)
+        # Nodes share the records of a broadcast: a client gets a dictionary of its own, so that it
+        # cannot add to its neighbours'.
+        own = copy.copy(message)
+        own.content = RecordDict(dict(message.content))
         try:
             return self._app(own, node.context)
         except Exception as err:  # a client may raise anything: the others go on
             reason = f"{type(err).__name__}: {err}"
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
-            )
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

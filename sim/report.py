@@ -10,28 +10,21 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>metabloom: {title}</title>
 <style>
- body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
- h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
- table {{ border-collapse: collapse }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top }}
- .figures td {{ font-variant-numeric: tabular-nums }} .note {{ color: #616e7c }}
-</style></head><body>
-<h1>{title}</h1>
-{summary}
-<h2>Adaptation of unseen clients</h2>
-<p class="note">Query accuracy of clients that took no part in training, by adaptation steps on their support sets.
-Each thin line is a client; the thick line is their mean.</p>
-{adaptation}
-<h2>Progress by round</h2>
-<p class="note">Validation clients, mean accuracy before and after adaptation.</p>
-{progress}
-<h2>Configuration</h2>
-{configuration}
-</body></html>
+ body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto;
+ padding: 0 1rem }} h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }} table
+ {{ border-collapse: collapse }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: left;
+ vertical-align: top }} .figures td {{ font-variant-numeric: tabular-nums }} .note {{ color: #616e7c
+ }}
+</style></head><body> <h1>{title}</h1> {summary} <h2>Adaptation of unseen clients</h2> <p
+class="note">Query accuracy of clients that took no part in training, by adaptation steps on their
+support sets. Each thin line is a client; the thick line is their mean.</p> {adaptation}
+<h2>Progress by round</h2> <p class="note">Validation clients, mean accuracy before and after
+adaptation.</p> {progress} <h2>Configuration</h2> {configuration} </body></html>
 """
 
 
 def render_report(results: dict[str, Any]) -> str:
-    """Return the page for ``results`` (the content of results.json) as HTML that needs no network."""
+    """Return the page for the content of results.json, as HTML that needs no network."""
     title = f"{results['strategy']} on {results['dataset']}, seed {results['seed']}"
     return PAGE.format(
         title=escape(title),

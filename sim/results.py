@@ -45,7 +45,10 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: dict[str, Any], arrays: ArrayRecord) -> Path:
-    """Write results.json, model.safetensors and report.html into ``folder``, each whole or not at all; return the folder."""
+    """Write results.json, model.safetensors and report.html into ``folder`` and return it.
+
+    Each file is written whole or not at all; results.json comes last.
+    """
     write_atomic(folder / MODEL, save(from_record(arrays)))
     write_atomic(folder / REPORT, render_report(results).encode())
     text = json.dumps(results, indent=1, allow_nan=False)
@@ -54,7 +57,7 @@ def write_results(folder: Path, results: dict[str, Any], arrays: ArrayRecord) ->
 
 
 def _adaptation(scores: Sequence[ClientScore], steps: Sequence[int]) -> dict[str, Any]:
-    """Return accuracy and loss before and after adaptation, averaged over clients, and for each client."""
+    """Return accuracy and loss before and after adaptation: means over clients, and each client."""
     return {
         "average": "macro",
         "accuracy_before": _mean(scores, ACCURACY_BEFORE),

@@ -1,6 +1,7 @@
 r"""Ditto (Li et al., 2012.04221).
 
-The global model w is FedAvg's. Each client also keeps a personal model v_i, pulled to the global one:
+The global model w is FedAvg's. Each client also keeps a personal model v_i, pulled to the global
+one:
 
     v_i <- v_i - eta * (grad F_i(v_i) + lambda * (v_i - w))
 
@@ -15,7 +16,7 @@ from .recipe import STRATEGIES, Recipe, weighting_of
 
 
 class Ditto(FedAvg):
-    """FedAvg on the server; the personal models are the clients' own. See ``FedAvg`` for the arguments."""
+    """FedAvg on the server; the personal models are the clients' own. Arguments as ``FedAvg``."""
 
     def __init__(self, **shell: Any) -> None:
         super().__init__(**shell)

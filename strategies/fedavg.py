@@ -2,8 +2,8 @@ r"""FedAvg (McMahan et al., 1602.05629).
 
     w <- sum_i p_i w_i,    p_i = n_i / sum_S n
 
-over the clients that answered. Differences from ``flwr.serverapp.strategy.FedAvg``: seeded sampling, roles, float64 accumulation, and
-integer arrays keep their value and dtype.
+over the clients that answered. Differences from ``flwr.serverapp.strategy.FedAvg``: seeded
+sampling, roles, float64 accumulation, and integer arrays keep their value and dtype.
 """
 
 from typing import Any

@@ -1,12 +1,14 @@
 r"""FedMeta (Chen et al., 1802.07876) with MAML clients.
 
-    theta <- theta - Optimiser(sum_i q_i g_i),    g_i = grad_theta L_query(theta - alpha * grad L_support(theta))
+    theta <- theta - Optimiser(sum_i q_i g_i),    g_i = grad_theta L_query(theta - alpha * grad
+    L_support(theta))
 
-The client replies w_i = theta - g_i (one meta-step of rate 1), so g_i = theta - w_i: a client that knows nothing of meta-learning and
-replies with its trained model works as well, its difference is then the pseudo-gradient (adaptive federated optimisation, 2003.00295).
+The client replies w_i = theta - g_i (one meta-step of rate 1), so g_i = theta - w_i: a client that
+knows nothing of meta-learning and replies with its trained model works as well, its difference is
+then the pseudo-gradient (adaptive federated optimisation, 2003.00295).
 
-Differences from the paper: the server optimiser is any of torch.optim, and its state persists over the rounds; rebuilding Adam in each
-round would turn each step into about beta * sign(g).
+Differences from the paper: the server optimiser is any of torch.optim, and its state persists over
+the rounds; rebuilding Adam in each round would turn each step into about beta * sign(g).
 """
 
 import math
@@ -33,7 +35,8 @@ class FedMeta(RuleStrategy):
     """Give the mean of the clients' meta-gradients to a server optimiser that keeps its state.
 
     Args:
-        optimizer: a name in ``OPTIMIZERS``, or ``factory(parameters) -> torch.optim.Optimizer`` (then ``lr`` is not used).
+        optimizer: a name in ``OPTIMIZERS``, or ``factory(parameters) -> torch.optim.Optimizer``
+            (then ``lr`` is not used).
         lr: the server's learning rate (beta), > 0.
         weighting: "uniform" (q_i = 1/n) or "examples".
         shell: see ``RuleStrategy``.

@@ -1,7 +1,8 @@
 r"""FedProx (Li et al., 1812.06127).
 
-Each client minimises F_i(w) + (mu / 2) ||w - w^t||^2; the server takes FedAvg's mean. The server sends mu as ``proximal-mu``, the key of
-Flower's own FedProx, so foreign clients that know that key work too.
+Each client minimises F_i(w) + (mu / 2) ||w - w^t||^2; the server takes FedAvg's mean. The server
+sends mu as ``proximal-mu``, the key of Flower's own FedProx, so foreign clients that know that key
+work too.
 """
 
 import math

@@ -4,7 +4,8 @@ tau local meta-steps, each with three independent batches D, D', D'':
 
     w <- w - beta * (I - alpha H(w; D'')) grad f(w - alpha grad f(w; D); D')
 
-The server takes the uniform mean of the clients' models. ``order`` gives the paper's variants: "exact", "first" (FO, without H) and "hf".
+The server takes the uniform mean of the clients' models. ``order`` gives the paper's variants:
+"exact", "first" (FO, without H) and "hf".
 """
 
 from typing import Any
@@ -16,7 +17,10 @@ from .rules import Weighting
 
 
 class PerFedAvg(FedAvg):
-    """Take the uniform mean of models that took local meta-steps; see ``FedAvg`` and ``RuleStrategy`` for the arguments."""
+    """Take the uniform mean of models that took local meta-steps.
+
+    See ``FedAvg`` and ``RuleStrategy`` for the arguments.
+    """
 
     def __init__(self, *, weighting: Weighting = "uniform", **shell: Any) -> None:
         super().__init__(weighting=weighting, **shell)

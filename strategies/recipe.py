@@ -1,4 +1,7 @@
-"""What a strategy's registry name stands for: the server's strategy and its clients' local update, from one configuration."""
+"""What a strategy's registry name stands for.
+
+The server's strategy and its clients' local update, from one configuration.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +17,10 @@ class Recipe:
     """Both ends of one algorithm.
 
     Attributes:
-        strategy: ``strategy(**shell) -> RuleStrategy``, where ``shell`` are the keyword arguments that all strategies share.
-        client: registry name of the client (``metabloom.clients.CLIENTS``): by name, since strategies do not import clients.
+        strategy: ``strategy(**shell) -> RuleStrategy``, where ``shell`` are the keyword arguments
+            that all strategies share.
+        client: registry name of the client (``metabloom.clients.CLIENTS``): by name, since
+            strategies do not import clients.
         client_options: keyword arguments of that client beyond those that all clients share.
     """
 

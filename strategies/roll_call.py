@@ -1,4 +1,7 @@
-"""Roll call: one query asks each node for its partition, its role and its name, so that nothing depends on node ids or their order."""
+"""Roll call: one query asks each node for its partition, its role and its name.
+
+Sampling and results then depend on partitions, never on node ids or their order.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from ..wire import CLIENT_NAME, NUM_PARTITIONS, PARTITION_ID, PROPERTIES, ROLE, 
 
 @dataclass(frozen=True)
 class Node:
-    """What is known of one node. A node that did not answer is an ordinary training client known by its id alone."""
+    """What is known of one node; one that did not answer is a training client, known by its id."""
 
     node_id: int
     partition_id: int | None = None
@@ -41,7 +44,10 @@ class Node:
 def call_roll(
     grid: Grid, node_ids: Iterable[int], known: dict[int, Node], *, timeout_s: float
 ) -> dict[int, Node]:
-    """Return the nodes of ``node_ids``, asking those that are not ``known`` yet; never raises for a node that cannot answer."""
+    """Return the nodes of ``node_ids``, asking those that are not ``known`` yet.
+
+    Never raises for a node that cannot answer.
+    """
     present = list(node_ids)
     new = [node_id for node_id in present if node_id not in known]
     nodes = {node_id: known.get(node_id, Node(node_id)) for node_id in present}

@@ -1,8 +1,9 @@
 r"""Aggregation rules: pure functions on named arrays.
 
-A rule is a pair (init, update): ``state = init(arrays)``; ``state, arrays = update(state, arrays, replies)``. Rules see NumPy arrays and
-plain numbers, never Flower's messages; the shell around them does the talking. Sums are accumulated in float64 and given back in the dtype
-that came in. Integer arrays (counters) are not averaged: the value that was sent stays.
+A rule is a pair (init, update): ``state = init(arrays)``; ``state, arrays = update(state, arrays,
+replies)``. Rules see NumPy arrays and plain numbers, never Flower's messages; the shell around them
+does the talking. Sums are accumulated in float64 and given back in the dtype that came in. Integer
+arrays (counters) are not averaged: the value that was sent stays.
 """
 
 import copy
@@ -39,17 +40,18 @@ class Rule:
 
 
 def weights_of(replies: Sequence[Reply], weighting: Weighting) -> np.ndarray:
-    """Return p with sum 1 over the clients that answered: 1/n, or in proportion to ``num_examples``."""
+    """Return p, of sum 1 over the clients that answered: 1/n, or by ``num_examples``."""
     if weighting == "uniform":
         return np.full(len(replies), 1.0 / len(replies))
     counts = np.array([reply.num_examples for reply in replies], dtype=np.float64)
-    return counts / counts.sum()
+    shares: np.ndarray = counts / counts.sum()
+    return shares
 
 
 def weighted_mean(
     sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting
 ) -> dict[str, np.ndarray]:
-    """Return sum_i p_i w_i for each floating array, in float64; the arrays of ``sent`` for the others."""
+    """Return sum_i p_i w_i in float64 for floating arrays, the arrays of ``sent`` for others."""
     p = weights_of(replies, weighting)
     mean: Arrays = {}
     for name, value in sent.items():
@@ -64,7 +66,9 @@ def weighted_mean(
 
 
 def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> Rule:
-    """Return the rule w <- (1 - epsilon) w + epsilon * sum_i p_i w_i: FedAvg at epsilon = 1, Reptile below.
+    """Return the rule w <- (1 - epsilon) w + epsilon * sum_i p_i w_i.
+
+    FedAvg at epsilon = 1, Reptile below.
 
     Raises:
         ConfigError: where epsilon is not a finite number above 0.
@@ -72,9 +76,7 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
     if not 0 < epsilon < np.inf:
         raise ConfigError(f"epsilon = {epsilon!r}: must be a finite number above 0")
 
-    def update(
-        state: State, sent: NamedArrays, replies: Sequence[Reply]
-    ) -> tuple[State, Arrays]:
+    def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
         mean = weighted_mean(sent, replies, weighting)
         if epsilon == 1.0:  # exactly the mean, to the bit
             return state, {name: mean[name].astype(sent[name].dtype) for name in sent}
@@ -90,16 +92,16 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
 
 
 def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "uniform") -> Rule:
-    """Return the rule that gives the pseudo-gradient w - sum_i p_i w_i to a torch.optim optimiser whose state persists.
+    """Return the rule that gives the pseudo-gradient w - sum_i p_i w_i to a torch.optim optimiser.
+
+    The optimiser's state persists over the rounds.
 
     Args:
         factory: ``factory(parameters) -> torch.optim.Optimizer``.
         weighting: "uniform" or "examples".
     """
 
-    def update(
-        state: State, sent: NamedArrays, replies: Sequence[Reply]
-    ) -> tuple[State, Arrays]:
+    def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
         mean = weighted_mean(sent, replies, weighting)
         floating = [n for n, value in sent.items() if np.issubdtype(value.dtype, np.floating)]
         params = [torch.from_numpy(np.array(sent[name])).requires_grad_() for name in floating]

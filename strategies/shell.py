@@ -1,7 +1,10 @@
-"""The Flower shell that all strategies share: roll call, seeded sampling, a pure rule, and evaluation apart by role.
+"""The Flower shell that all strategies share.
 
-``RuleStrategy`` is a Flower FedAvg: it takes FedAvg's keyword arguments, runs under Flower's own ``Strategy.start`` loop and touches
-nothing but the Grid, so the same object works in the simulator, under ``flwr run`` and on a SuperLink.
+Roll call, seeded sampling, a pure rule, and evaluation apart by role.
+
+``RuleStrategy`` is a Flower FedAvg: it takes FedAvg's keyword arguments, runs under Flower's own
+``Strategy.start`` loop and touches nothing but the Grid, so the same object works in the simulator,
+under ``flwr run`` and on a SuperLink.
 """
 
 import time
@@ -35,7 +38,10 @@ GATHER_S = 30.0  # how long to wait for announced nodes that have not connected 
 
 @dataclass(frozen=True)
 class ClientScore:
-    """The evaluation metrics of one client: ``metrics`` as the client names them, ``num_examples`` query records."""
+    """The evaluation metrics of one client.
+
+    ``metrics`` as the client names them, ``num_examples`` query records.
+    """
 
     client: str
     partition_id: int | None
@@ -46,7 +52,7 @@ class ClientScore:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round did: who trained, what failed, metrics, bytes of arrays down and up, seconds."""
+    """What one round did: who trained, failures, metrics, bytes of arrays down and up, seconds."""
 
     round: int
     clients: tuple[str, ...]
@@ -60,7 +66,13 @@ class RoundReport:
 
 @dataclass
 class RunResult(Result):
-    """Flower's Result, with the reports of all rounds, the scores of the unseen clients under the final model, and nodes by role."""
+    """Flower's Result, and what the shell adds to it.
+
+    Attributes:
+        rounds: the report of each round.
+        unseen: the scores of the unseen clients under the final model.
+        clients: the number of nodes of each role.
+    """
 
     rounds: list[RoundReport] = field(default_factory=list)
     unseen: list[ClientScore] = field(default_factory=list)
@@ -86,9 +98,12 @@ class RuleStrategy(FedAvg):
 
     Args:
         rule: how replies become the next global model.
-        seed: of node sampling, which also depends on the round, never on the order or the ids of nodes.
-        clients_per_round: training clients of a round; None: ``fraction_train`` and ``min_train_nodes`` decide.
-        eval_every: validate every so many rounds; 0: never. The unseen clients are evaluated once, after the last round.
+        seed: of node sampling, which also depends on the round, never on the order or the ids of
+            nodes.
+        clients_per_round: training clients of a round; None: ``fraction_train`` and
+            ``min_train_nodes`` decide.
+        eval_every: validate every so many rounds; 0: never. The unseen clients are evaluated once,
+            after the last round.
         on_round: called with a RoundReport after each round (a progress bar).
         fedavg: any keyword argument of Flower's FedAvg.
 
@@ -126,9 +141,9 @@ class RuleStrategy(FedAvg):
         self._round = _Round()
         self._reports: list[RoundReport] = []
 
-    # -- the run -----------------------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------
 
-    def start(  # type: ignore[override]  # returns a Result with more in it
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
@@ -138,10 +153,13 @@ class RuleStrategy(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> RunResult:
-        """Run Flower's loop for ``num_rounds``, then evaluate the final model on the unseen clients; arguments as in Flower.
+        """Run Flower's loop for ``num_rounds``, then evaluate the unseen clients.
+
+        Arguments as in Flower.
 
         Raises:
-            MetabloomError: where too few nodes connect, or no client answered in any round (with the first reason).
+            MetabloomError: where too few nodes connect, or no client answered in any round (with
+                the first reason).
         """
         self._reset()
         self._timeout = timeout
@@ -168,7 +186,7 @@ class RuleStrategy(FedAvg):
         log(INFO, "\t├──> Validation: every %s rounds", self.eval_every)
         super().summary()
 
-    # -- training ----------------------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -191,7 +209,10 @@ class RuleStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the rule's next model and the aggregated metrics; (None, None) where no client answered."""
+        """Return the rule's next model and the aggregated metrics.
+
+        (None, None) where no client answered.
+        """
         good = self._good(replies, is_train=True)
         if not good:
             log(WARNING, "round %d: no client answered, the model stays as it is", server_round)
@@ -206,12 +227,12 @@ class RuleStrategy(FedAvg):
         self._round.train_metrics = _numbers(metrics)
         return to_record(new), metrics
 
-    # -- evaluation --------------------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return evaluate messages to the validation nodes; where nodes have no roles, to a sample as FedAvg would."""
+        """Return evaluate messages to the validation nodes; without roles, to FedAvg's sample."""
         if self.fraction_evaluate == 0.0 or not self.eval_every or server_round % self.eval_every:
             return []
         self._gather(grid)
@@ -226,7 +247,7 @@ class RuleStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return the aggregated metrics of the validation clients (None where there are none) and close the round."""
+        """Close the round and return the aggregated metrics; None where no client was asked."""
         good = self._good(replies, is_train=False)
         scores = tuple(self._score(message) for message in good)
         metrics = None
@@ -249,7 +270,7 @@ class RuleStrategy(FedAvg):
         replies = grid.send_and_receive(messages, timeout=self._timeout)
         return [self._score(message) for message in self._good(replies, is_train=False)]
 
-    # -- nodes -------------------------------------------------------------------------------------------------------------------
+    # -- nodes -------------------------------------------------------------------------------------
 
     def _gather(self, grid: Grid) -> None:
         """Wait, within bounds, for the nodes that there should be; ask each new one who it is."""
@@ -266,8 +287,8 @@ class RuleStrategy(FedAvg):
                 return
             if time.monotonic() > deadline:
                 raise MetabloomError(
-                    f"{len(ids)} nodes are connected, {needed} are needed, and {self._timeout:g} s have passed: "
-                    "start more SuperNodes, or lower min_available_nodes"
+                    f"{len(ids)} nodes are connected, {needed} are needed, and {self._timeout:g} s "
+                    "have passed: start more SuperNodes, or lower min_available_nodes"
                 )
             time.sleep(POLL_S)
 
@@ -284,7 +305,7 @@ class RuleStrategy(FedAvg):
         )
         return [nodes[pick] for pick in sorted(picks)]
 
-    # -- messages ----------------------------------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------
 
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
@@ -292,9 +313,7 @@ class RuleStrategy(FedAvg):
         record = RecordDict(
             {
                 self.arrayrecord_key: arrays,
-                self.configrecord_key: ConfigRecord(
-                    {**config, SERVER_ROUND: self._round.number}
-                ),
+                self.configrecord_key: ConfigRecord({**config, SERVER_ROUND: self._round.number}),
             }
         )
         self._round.bytes_down += _size(arrays) * len(nodes)

@@ -19,6 +19,6 @@ def missing(dataset: str, path: Path, root: Path, remedy: str) -> MissingDataErr
 
 
 DOWNLOAD = (
-    "pass download=True to load_federation (download=true among the data set's options), "
+    "pass download=True to load_federation (configuration key download), "
     "which lets torchvision fetch it"
 )

@@ -31,7 +31,7 @@ def partition_rows(
     Raises:
         DataError: the partitioner cannot divide these labels so.
     """
-    import datasets  # type: ignore[import-untyped]  # ships no types
+    import datasets
 
     table = {"row": np.arange(len(labels)), column: np.asarray(labels)}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

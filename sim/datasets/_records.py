@@ -76,12 +76,12 @@ class Split:
     def with_options(self, given: Mapping[str, Any]) -> Split:
         """Return this split with a user's values; a total that is given replaces sizes by class."""
         changes = dict(given)
-        if {"support_fraction", "support_size", "query_size"} & changes.keys():
-            changes = {"shots": 0, "query_shots": 0, **changes}
-        if {"support_fraction", "shots"} & changes.keys() and changes.get("shots") != 0:
-            changes = {"support_size": 0, **changes}
         if changes.get("shots"):
-            changes = {"query_size": 0, **changes}
+            changes = {"support_size": 0, "query_size": 0, **changes}
+        elif {"support_fraction", "support_size", "query_size"} & changes.keys():
+            changes = {"shots": 0, "query_shots": 0, **changes}
+            if "support_fraction" in changes:
+                changes = {"support_size": 0, **changes}
         return replace(self, **changes)
 
     def rows(self, targets: npt.NDArray[Any], rng: np.random.Generator) -> tuple[Rows, Rows] | None:

@@ -29,6 +29,22 @@ class VisionSet:
     num_classes: int = 10
 
 
+def build(dataset: str, class_name: str, path: Path, root: Path, **options: Any) -> Any:
+    """Return torchvision's ``class_name`` on the subfolder of ``root`` that holds ``path``.
+
+    Raises:
+        MissingDataError: files are missing or damaged, or could not be fetched.
+    """
+    import torchvision.datasets
+
+    folder = root / path.relative_to(root).parts[0]
+    try:
+        return getattr(torchvision.datasets, class_name)(str(folder), **options)
+    except (RuntimeError, OSError) as err:  # a checksum or a file; the network
+        remedy = f"{DOWNLOAD}; now torchvision said: {err}".rstrip(".")
+        raise missing(dataset, path, root, remedy) from err
+
+
 def train_images(
     dataset: str, source: VisionSet, *, root: Path, download: bool
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -40,13 +56,7 @@ def train_images(
     path = root / source.folder / source.file
     if not (download or path.exists()):
         raise missing(dataset, path, root, DOWNLOAD)
-    import torchvision.datasets  # type: ignore[import-untyped]  # ships no types
-
-    build: Any = getattr(torchvision.datasets, source.class_name)
-    try:
-        loaded = build(str(root / source.folder), train=True, download=download)
-    except RuntimeError as err:  # torchvision: some other file of the set is missing or damaged
-        raise missing(dataset, path.parent, root, f"{DOWNLOAD} ({err})") from err
+    loaded = build(dataset, source.class_name, path, root, train=True, download=download)
     images = np.asarray(loaded.data)
     if images.ndim == 3:
         images = images[:, None]  # (n, H, W) -> (n, 1, H, W)

@@ -28,10 +28,8 @@ def digits_spec(ways: int) -> DataSpec:
 @register_dataset("digits", digits_spec, split=Split(shots=2))
 def digits(*, seed: int, num_clients: int, ways: Ways = 5) -> dict[str, Records]:
     """Return the records of ``num_clients`` clients (0: 60) with ``ways`` classes each."""
-    from flwr_datasets.partitioner import (  # type: ignore[import-untyped]  # ships no types
-        PathologicalPartitioner,
-    )
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # ships no types
+    from flwr_datasets.partitioner import PathologicalPartitioner
+    from sklearn.datasets import load_digits
 
     table = load_digits()
     images = (table.images / 16).astype(np.float32)[:, None]  # (n, 8, 8) 0..16 -> (n, 1, 8, 8)

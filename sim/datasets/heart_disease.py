@@ -54,7 +54,7 @@ def _read(root: Path, hospital: str) -> Table:
     path = root / "heart_disease" / f"processed.{hospital}.data"
     if not path.is_file():
         raise missing("heart-disease", path, root, REMEDY)
-    import pandas as pd  # type: ignore[import-untyped]  # ships no types
+    import pandas as pd
 
     table: Table = pd.read_csv(path, header=None, na_values="?").to_numpy(np.float64)
     if table.ndim != 2 or table.shape[1] != TARGET + 1 or np.isnan(table[:, TARGET]).any():
@@ -96,7 +96,7 @@ def encode(table: Table, support_rows: int) -> npt.NDArray[np.float32]:
 
 def _fill(columns: Table, support_rows: int, strategy: str) -> Table:
     """Fill gaps from the support; a column that the support misses wholly becomes NaN."""
-    from sklearn.impute import SimpleImputer  # type: ignore[import-untyped]  # ships no types
+    from sklearn.impute import SimpleImputer
 
     present = ~np.isnan(columns[:support_rows]).all(0)
     filled = np.full_like(columns, np.nan)

@@ -52,17 +52,13 @@ def _partitioner(name: str, source: HubSet, root: Path, download: bool) -> Any:
     cache = root / "huggingface"
     kept = cache / source.repository.replace("/", "___")
     remedy = (
-        f"pass download=True to load_federation (download=true among the data set's options), "
+        "pass download=True to load_federation (configuration key download), "
         f"which fetches {source.repository!r} from the Hugging Face hub"
     )
     if not (download or kept.is_dir()):
         raise missing(name, kept, root, remedy)
-    from flwr_datasets import (  # type: ignore[import-untyped]  # ships no types
-        FederatedDataset,
-    )
-    from flwr_datasets.partitioner import (  # type: ignore[import-untyped]  # ships no types
-        NaturalIdPartitioner,
-    )
+    from flwr_datasets import FederatedDataset
+    from flwr_datasets.partitioner import NaturalIdPartitioner
 
     federated = FederatedDataset(
         dataset=source.repository,
@@ -72,7 +68,7 @@ def _partitioner(name: str, source: HubSet, root: Path, download: bool) -> Any:
     )
     try:
         return federated.partitioners["train"]
-    except (ConnectionError, FileNotFoundError) as err:
+    except OSError as err:  # no connection, no such set
         raise MissingDataError(
             f"data set {name!r}: {source.repository!r} could not be read from the Hugging Face "
             f"hub nor from {cache.absolute()}: {err}. Check the connection and try again"

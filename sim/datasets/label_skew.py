@@ -63,7 +63,7 @@ def register_vision_set(name: str, source: VisionSet) -> None:
 def _partitioner(
     partition: Partition, num_clients: int, alpha: float, classes: int, seed: int
 ) -> Any:
-    from flwr_datasets import partitioner as kinds  # type: ignore[import-untyped]  # ships no types
+    from flwr_datasets import partitioner as kinds
 
     if partition == "iid":
         return kinds.IidPartitioner(num_clients)

@@ -14,7 +14,7 @@ from ._files import DOWNLOAD, missing
 from ._partition import partition_rows
 from ._records import Records, Split
 from ._spec import DataSpec
-from ._torchvision import VisionSet, train_images
+from ._torchvision import VisionSet, build, train_images
 
 MNIST = VisionSet("MNIST", "mnist", "MNIST/raw/train-images-idx3-ubyte")
 LABELS = "QMNIST/raw/qmnist-train-labels-idx2-int"  # (60000, 8) int32: class, series, writer, ...
@@ -26,9 +26,7 @@ SPEC = DataSpec((1, 28, 28), 10, "cnn", {"dense": 128})
 @register_dataset("mnist-writers", SPEC, split=Split(support_fraction=0.2))
 def mnist_writers(*, root: Path, download: bool) -> dict[str, Records]:
     """Return the records of every writer, as "writer-0123" by NIST's number."""
-    from flwr_datasets.partitioner import (  # type: ignore[import-untyped]  # ships no types
-        NaturalIdPartitioner,
-    )
+    from flwr_datasets.partitioner import NaturalIdPartitioner
 
     images, labels = train_images("mnist-writers", MNIST, root=root, download=download)
     writers = _writers(root, download, labels)
@@ -46,12 +44,8 @@ def _writers(root: Path, download: bool, labels: npt.NDArray[np.int64]) -> npt.N
     if not path.is_file():
         if not download:
             raise missing("mnist-writers", path, root, DOWNLOAD)
-        from torchvision.datasets import QMNIST  # type: ignore[import-untyped]  # ships no types
-
-        QMNIST(str(root / MNIST.folder), what="train", download=True)
-    from torchvision.datasets.mnist import (  # type: ignore[import-untyped]  # ships no types
-        read_sn3_pascalvincent_tensor,
-    )
+        build("mnist-writers", "QMNIST", path, root, what="train", download=True)
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
     table: npt.NDArray[np.int32] = read_sn3_pascalvincent_tensor(str(path)).numpy()
     if len(table) != len(labels) or (table[:, 0] != labels).any():

@@ -24,6 +24,7 @@ from ._files import DOWNLOAD, missing
 from ._records import Records, Split
 from ._roles import ROLES, Role, role_sizes
 from ._spec import DataSpec
+from ._torchvision import build
 
 DEFAULT_CLIENTS = 400
 PARTS = ("images_background", "images_evaluation")  # alphabets to train on; unseen alphabets
@@ -120,11 +121,10 @@ def _find_images(root: Path, download: bool) -> _Images:
     zipped = set()
     for part in PARTS:
         if download and not (folder / part).is_dir():
-            from torchvision.datasets import (  # type: ignore[import-untyped]  # ships no types
-                Omniglot,
+            is_background = part == PARTS[0]
+            build(
+                "omniglot", "Omniglot", folder / part, root, background=is_background, download=True
             )
-
-            Omniglot(str(root / "omniglot"), background=part == PARTS[0], download=True)
         if (folder / part).is_dir():
             continue
         if not (folder / f"{part}.zip").is_file():

@@ -5,6 +5,7 @@ query: no character is in both.
 """
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -116,8 +117,14 @@ def _records(
     support = _starts(0, cut, length, stride, caps[0])
     query = _starts(cut, len(ids), length, stride, caps[1])
     starts = np.concatenate((support, query))
-    windows = np.lib.stride_tricks.sliding_window_view(ids, length)
-    return Records(ids[starts + length], lambda: windows[starts], support_rows=len(support))
+    windows = partial(_windows, ids, starts, length)
+    return Records(ids[starts + length], windows, support_rows=len(support))
+
+
+def _windows(
+    ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], length: int
+) -> npt.NDArray[np.int64]:
+    return np.lib.stride_tricks.sliding_window_view(ids, length)[starts]  # (n, length)
 
 
 def _starts(begin: int, end: int, length: int, stride: int, cap: int) -> npt.NDArray[np.int64]:

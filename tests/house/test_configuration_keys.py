@@ -12,6 +12,8 @@ from metabloom.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
+PROJECT = ROOT / "pyproject.toml"
+SECTION = "[tool.flwr.app.config]\n"
 HEADER = """# Configuration
 
 Every key of a run. Give it as `--set key=value`, in a TOML file with `--config run.toml`, or to
@@ -72,16 +74,30 @@ def page() -> str:
     rows = []
     schemas = RunConfig.model_json_schema(by_alias=True)["properties"]
     for key, default in RunConfig.keys().items():
-        shown = f"`{default}`" if default != "" else "(empty)"
+        shown = f"`{toml_value(default).strip(chr(34))}`" if default != "" else "(empty)"
         cells = (f"`{key}`", shown, allowed(schemas[key]), schemas[key].get("description", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return HEADER + "".join(rows)
 
 
+def with_section(project: str) -> str:
+    """Return the text of pyproject.toml with its section of keys written anew."""
+    before, rest = project.split(SECTION)
+    lines = [f"{key} = {toml_value(value)}\n" for key, value in RunConfig.keys().items()]
+    return before + SECTION + "".join(lines) + rest[rest.index("\n[") :]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rewritten() -> None:
+    if os.environ.get("METABLOOM_REWRITE"):  # make docs
+        PROJECT.write_text(with_section(PROJECT.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
+
+
 def test_pyproject_declares_every_configuration_key_with_its_default():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
     todo = disagreements(flat(project["tool"]["flwr"]["app"]["config"]), RunConfig.keys())
-    assert not todo, "in pyproject.toml, [tool.flwr.app.config]:\n" + "\n".join(todo)
+    assert not todo, f"in pyproject.toml, {SECTION}" + "\n".join([*todo, "(or `make docs`)"])
 
 
 def test_a_missing_a_changed_and_a_surplus_key_are_each_named_with_the_line_to_write():
@@ -103,8 +119,6 @@ def test_a_configuration_key_has_a_line_of_help(name: str):
 
 
 def test_the_configuration_page_is_what_the_configuration_says():
-    if os.environ.get("METABLOOM_REWRITE"):  # make docs
-        PAGE.write_text(page(), encoding="utf-8")
     assert PAGE.exists(), "docs/configuration.md is missing: run `make docs`"
     assert PAGE.read_text(encoding="utf-8") == page(), (
         "docs/configuration.md is not what metabloom/config.py says: run `make docs`"

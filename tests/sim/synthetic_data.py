@@ -2,9 +2,9 @@
 
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 IMAGES = 600
@@ -23,6 +23,9 @@ def write_all(root: Path) -> Path:
     write_shakespeare(root / "shakespeare")
     write_heart_disease(root / "heart_disease")
     (root / "huggingface" / "flwrlabs___femnist").mkdir(parents=True)
+    for present in ("cifar10/cifar-10-batches-py/data_batch_1", "cifar100/cifar-100-python/train"):
+        (root / present).parent.mkdir(parents=True)
+        (root / present).touch()
     return root
 
 
@@ -36,7 +39,9 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     code = {"uint8": 8, "int32": 12}[values.dtype.name]
     sizes = np.asarray(values.shape, ">i4").tobytes()
     path.write_bytes(
-        bytes([0, 0, code, values.ndim]) + sizes + values.astype(values.dtype.newbyteorder(">")).tobytes()
+        bytes([0, 0, code, values.ndim])
+        + sizes
+        + values.astype(values.dtype.newbyteorder(">")).tobytes()
     )
 
 
@@ -68,7 +73,8 @@ def write_omniglot(folder: Path, *, backwards: bool = False, zipped: bool = Fals
         ]
         for alphabet, character, drawer in reversed(names) if backwards else names:
             seed = [*alphabet.encode(), character, drawer]
-            paper = np.random.default_rng(seed).random((105, 105)) > 0.1  # white paper, black ink
+            paper = np.random.default_rng(seed).random((105, 105)) > 0.05  # white paper, black ink
+            paper[40:60, 40:60] = False
             path = folder / part / alphabet / f"character{character:02d}"
             path.mkdir(parents=True, exist_ok=True)
             Image.fromarray(paper).save(path / f"{character:04d}_{drawer:02d}.png")
@@ -95,7 +101,7 @@ def write_shakespeare(folder: Path) -> None:
 
 
 def write_heart_disease(folder: Path) -> None:
-    """Write four hospitals with gaps; in one of them a column is missing wholly, or 0 throughout."""
+    """Write four hospitals with gaps; one misses a column wholly, one has 0 throughout."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, hospital in enumerate(("cleveland", "hungarian", "switzerland", "va")):
         rng = np.random.default_rng(number)
@@ -150,17 +156,11 @@ def fake_hub(path: str, name: str | None = None, **options: object) -> object:
     return datasets.DatasetDict({"train": datasets.Dataset.from_dict(table, features=features)})
 
 
-def install_fakes(monkeypatch: object, root: Path) -> SimpleNamespace:
-    """Replace what needs a network or original bytes; return what load_federation needs."""
+def install_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace what needs a network or a set's original bytes."""
     import flwr_datasets.federated_dataset
     import torchvision.datasets
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCifar)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", FakeCifar)
-    hub = flwr_datasets.federated_dataset.datasets
-    monkeypatch.setattr(hub, "load_dataset", fake_hub)
-    for folder, file in (("cifar-10-batches-py", "data_batch_1"), ("cifar-100-python", "train")):
-        path = root / folder.split("-py")[0].replace("-", "").removesuffix("python") / folder
-        path.mkdir(parents=True, exist_ok=True)
-        (path / file).touch()
-    return SimpleNamespace(root=root)
+    monkeypatch.setattr(flwr_datasets.federated_dataset.datasets, "load_dataset", fake_hub)
