@@ -76,12 +76,12 @@ def run_job(settings: dict[str, Any], seed: int, data_root: str, work: str) -> d
     if (folder / "scores.json").exists():
         return json.loads((folder / "scores.json").read_text())
     import torch
-    from metabloom.sim import CohortGrid
     from safetensors.torch import load_file
 
     from metabloom.client_app import app
     from metabloom.config import RunConfig
     from metabloom.server_app import run
+    from metabloom.sim import CohortGrid
     from metabloom.task import federation_of
 
     torch.set_num_threads(1)
@@ -109,9 +109,9 @@ def run_job(settings: dict[str, Any], seed: int, data_root: str, work: str) -> d
 
 def score(config: Any, params: dict[str, Any], role: str) -> dict[str, list[float]]:
     """Return, for each rate, the mean accuracy over the clients of ``role`` before and after each number of steps."""
-    from metabloom.clients import adapt, adaptation_curve
     from torch.nn.functional import cross_entropy
 
+    from metabloom.clients import adapt, adaptation_curve
     from metabloom.task import federation_of, model_of
 
     federation, model = federation_of(config), model_of(config)

@@ -95,7 +95,8 @@ def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
 def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Return the names and arrays of the one ArrayRecord.
 
-    A client with ``array_names`` gets them by name, in its order.
+    A client with ``array_names`` gets them by name, in its order; arrays that are only numbered
+    (``ArrayRecord(list_of_ndarrays)``) go by position.
     """
     if len(content.array_records) != 1:
         raise WireError(
@@ -104,7 +105,9 @@ def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...]
         )
     (record,) = content.array_records.values()
     arrays = from_record(record)
-    names: tuple[str, ...] = getattr(client, "array_names", tuple(arrays))
+    names = tuple(arrays)
+    if set(names) != {str(position) for position in range(len(names))}:
+        names = getattr(client, "array_names", names)
     if set(names) != set(arrays):
         wrong = sorted(set(names) ^ set(arrays))
         raise WireError(

@@ -104,10 +104,10 @@ class RunConfig(BaseModel):
     timeout_s: Rate = Field(3600.0, description="longest wait for the replies of a round")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients compute")
 
-    @field_validator("eval_steps")
+    @field_validator("eval_steps", mode="before")
     @classmethod
-    def _eval_steps_are_counts(cls, value: str) -> str:
-        parts = [part.strip() for part in value.split(",")]
+    def _eval_steps_are_counts(cls, value: object) -> str:
+        parts = [part.strip() for part in str(value).split(",")]  # a lone 5 is a number in TOML
         if not all(part.isdigit() and int(part) >= 1 for part in parts):
             raise ValueError("must be counts of at least 1 with commas, e.g. '1,5'")
         return ",".join(str(step) for step in sorted({int(part) for part in parts}))

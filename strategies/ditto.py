@@ -8,8 +8,6 @@ one:
 v_i never leaves its client. An unseen client starts its own at w when it is evaluated.
 """
 
-from typing import Any
-
 from ..config import RunConfig
 from .fedavg import FedAvg, local_sgd
 from .recipe import STRATEGIES, Recipe, weighting_of
@@ -17,9 +15,6 @@ from .recipe import STRATEGIES, Recipe, weighting_of
 
 class Ditto(FedAvg):
     """FedAvg on the server; the personal models are the clients' own. Arguments as ``FedAvg``."""
-
-    def __init__(self, **shell: Any) -> None:
-        super().__init__(**shell)
 
 
 @STRATEGIES.register("ditto")

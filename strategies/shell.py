@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from ..errors import ConfigError, MetabloomError
 from ..streams import numpy_stream
-from ..wire import NUM_EXAMPLES, SERVER_ROUND, from_record, to_record
+from ..wire import SERVER_ROUND, from_record, to_record
 from .roll_call import Node, call_roll, expected_nodes
 from .rules import Reply, Rule, State
 
@@ -363,6 +363,3 @@ def _size(record: ArrayRecord) -> int:
 
 def _numbers(metrics: MetricRecord) -> dict[str, float]:
     return {name: float(v) for name, v in metrics.items() if not isinstance(v, list)}
-
-
-__all__ = ["NUM_EXAMPLES", "ClientScore", "RoundReport", "RuleStrategy", "RunResult"]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from metabloom.models import CharLSTM, Conv4, FemnistCNN, build_model
 from torch import nn
 
 from metabloom.errors import ModelError
+from metabloom.models import CharLSTM, Conv4, FemnistCNN, build_model
 
 
 def test_an_mlp_of_64_on_15x15_images_has_the_shapes_225_64_5():
@@ -82,6 +82,7 @@ def test_torchvision_nets_keep_torchvision_s_names_and_shapes(name):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet-v3-small"])
 def test_torchvision_nets_compute_what_torchvision_s_do_with_the_same_norm(name):
     import torchvision
+
     from metabloom.models._norm import group_norm
 
     own = build_model(name, input_shape=(3, 32, 32), num_classes=4, seed=0)

@@ -4,13 +4,13 @@ import doctest
 import importlib
 import pkgutil
 
-import metabloom.models
 import pytest
 import torch
-from metabloom.models import MODELS, build_model, check_model, head_names, register_model
 from torch import nn
 
+import metabloom.models
 from metabloom.errors import ConfigError, ModelError
+from metabloom.models import MODELS, build_model, check_model, head_names, register_model
 
 
 @pytest.fixture

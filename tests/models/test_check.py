@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from metabloom.models import build_model, check_model, head_names
 from torch import nn
 
 from metabloom.errors import ModelError
+from metabloom.models import build_model, check_model, head_names
 
 
 def refusal(model, *, input_shape=(4,), num_classes=2, **more):

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from metabloom.models import MODELS, build_model, check_model, head_names
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+
+from metabloom.models import MODELS, build_model, check_model, head_names
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from metabloom.sim import DATASETS, Federation, dataset_spec, load_federation
 
 from metabloom.errors import ConfigError, MissingDataError
+from metabloom.sim import DATASETS, Federation, dataset_spec, load_federation
 
 from .synthetic_data import install_fakes
 

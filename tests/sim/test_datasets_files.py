@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from metabloom.errors import ConfigError, DataError, MissingDataError
 from metabloom.sim import DATASETS, dataset_spec, load_federation
 from metabloom.sim.datasets import shakespeare
 from metabloom.sim.datasets.heart_disease import encode
-
-from metabloom.errors import ConfigError, DataError, MissingDataError
 
 from .synthetic_data import WRITERS, install_fakes, write_omniglot, write_writers
 

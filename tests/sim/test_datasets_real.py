@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from metabloom.sim import load_federation
 
 pytestmark = pytest.mark.real_data

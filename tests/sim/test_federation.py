@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from metabloom.sim import DataSpec, Federation, Records, Split, federate
-from metabloom.sim import federation as module
 
 from metabloom.errors import ConfigError, DataError
+from metabloom.sim import DataSpec, Federation, Records, Split, federate
+from metabloom.sim import federation as module
 
 SPEC = DataSpec((1,), 10, "mlp")
 

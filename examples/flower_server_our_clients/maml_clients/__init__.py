@@ -1,0 +1,1 @@
+"""Flower's FedAvg with metabloom's MAML clients."""

@@ -1,0 +1,1 @@
+"""A plain Flower project whose server uses a strategy of metabloom."""
