@@ -105,9 +105,9 @@ def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...]
         )
     (record,) = content.array_records.values()
     arrays = from_record(record)
-    names = tuple(arrays)
-    if set(names) != {str(position) for position in range(len(names))}:
-        names = getattr(client, "array_names", names)
+    names = tuple(str(position) for position in range(len(arrays)))
+    if set(names) != set(arrays):
+        names = getattr(client, "array_names", tuple(arrays))
     if set(names) != set(arrays):
         wrong = sorted(set(names) ^ set(arrays))
         raise WireError(

@@ -63,12 +63,15 @@ class Learner(NumPyClient):
         context: Context | None = None,
     ) -> None:
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
-        if list(eval_steps) != sorted(set(eval_steps)) or not all(n >= 1 for n in eval_steps):
+        counts = all(isinstance(n, int) and n >= 1 for n in eval_steps)
+        if not counts or list(eval_steps) != sorted(set(eval_steps)):
             raise ConfigError(
                 f"eval_steps = {tuple(eval_steps)!r}: ascending counts of at least 1 are needed"
             )
-        if batch_size < 0:
-            raise ConfigError(f"batch_size = {batch_size}: must be at least 0 (0: all records)")
+        if not (isinstance(batch_size, int) and batch_size >= 0):
+            raise ConfigError(
+                f"batch_size = {batch_size!r}: must be a whole number >= 0 (0: all records)"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.inner_lr = inner_lr
@@ -128,7 +131,7 @@ class Learner(NumPyClient):
         )
 
     def load(self, parameters: NDArrays) -> Params:
-        """Return the received arrays as the model's parameters on the device.
+        """Return the received arrays as the model's parameters, in its dtypes, on the device.
 
         Received buffers go into a copy of the model.
 
@@ -148,7 +151,7 @@ class Learner(NumPyClient):
                     f"model's is {tuple(value.shape)}: both ends must build the same model"
                 )
         received = {
-            name: torch.from_numpy(np.array(array)).to(self.device)
+            name: torch.from_numpy(np.array(array)).to(self.device, own[name].dtype)
             for name, array in zip(own, parameters, strict=True)
         }
         trainable = {name for name, _ in self.model.named_parameters()}

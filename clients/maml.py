@@ -24,7 +24,14 @@ from .batches import draw, resplit
 from .data import Batch, ClientData
 from .learner import Config, Learner, NDArrays
 from .local_update import LocalResult, LocalUpdate, mean_of, run_update
-from .meta_gradient import InnerLR, Order, Predicate, meta_gradient
+from .meta_gradient import (
+    InnerLR,
+    Order,
+    Predicate,
+    check_inner_loop,
+    check_order,
+    meta_gradient,
+)
 from .objective import LossFn, Params
 
 QUERY_LOSS = "query-loss"
@@ -141,6 +148,8 @@ class MAMLClient(Learner):
             device=device,
             context=context,
         )
+        check_inner_loop(inner_lr, inner_steps, dict(model.named_parameters()), adapt)
+        check_order(order)
         if not 0 < outer_lr < math.inf:
             raise ConfigError(f"outer_lr = {outer_lr!r}: must be a finite number above 0")
         if not (isinstance(local_steps, int) and local_steps >= 1):
@@ -151,20 +160,23 @@ class MAMLClient(Learner):
             raise ConfigError(f"split = {split!r}: must be one of {', '.join(_SPLITS)}")
         self.local_steps = local_steps
         self.split = split
-        self.update = maml_update(
-            model,
-            loss_fn,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            inner_steps=inner_steps,
-            order=order,
-            adapt=adapt,
-        )
+        self.outer_lr = outer_lr
+        self.inner_steps = inner_steps
+        self.order: Order = order
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
         """Return (model after ``local_steps`` meta-steps, number of records, mean query loss)."""
         params = self.load(parameters)
-        result = run_update(self.update, params, self._batches(self.stream("maml", config)))
+        update = maml_update(  # here, not before: the model holds the buffers just received
+            self.model,
+            self.loss_fn,
+            inner_lr=self.inner_lr,
+            outer_lr=self.outer_lr,
+            inner_steps=self.inner_steps,
+            order=self.order,
+            adapt=self.adapted,
+        )
+        result = run_update(update, params, self._batches(self.stream("maml", config)))
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
 
     def _batches(self, generator: torch.Generator) -> Iterator[MetaBatch]:

@@ -87,8 +87,7 @@ def meta_gradient(
         ConfigError: where a value is out of range, naming it.
     """
     check_inner_loop(inner_lr, steps, params, adapt)
-    if order not in get_args(Order):
-        raise ConfigError(f"order = {order!r}: must be one of {', '.join(get_args(Order))}")
+    check_order(order)
     if delta is not None and not 0 < delta < math.inf:
         raise ConfigError(f"delta = {delta!r}: must be a finite number above 0")
 
@@ -166,6 +165,12 @@ def check_inner_loop(
                 f"inner_lr[{name!r}] has shape {tuple(inner_lr[name].shape)}: "
                 f"the parameter's {shape} is needed"
             )
+
+
+def check_order(order: str) -> None:
+    """Raise ConfigError where ``order`` is none that ``meta_gradient`` knows."""
+    if order not in get_args(Order):
+        raise ConfigError(f"order = {order!r}: must be one of {', '.join(get_args(Order))}")
 
 
 def _adapted_names(params: Params, adapt: Predicate | None) -> tuple[str, ...]:

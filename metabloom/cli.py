@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from . import __version__
 from .config import RunConfig, parse_value
@@ -65,7 +65,8 @@ def list_names() -> None:
 @app.command("config")
 def list_keys() -> None:
     """List every configuration key with its default and what it means."""
-    table = Table("key", "default", "meaning")
+    key, default = Column("key", no_wrap=True), Column("default", overflow="fold")
+    table = Table(key, default, "meaning")
     for name, field in RunConfig.model_fields.items():
         table.add_row(name.replace("_", "-"), repr(field.default), field.description)
     console.print(table)
@@ -82,7 +83,9 @@ def main() -> None:
     try:
         app()
     except MetabloomError as err:
-        Console(stderr=True).print("[bold red]error:[/bold red]", escape(str(err)), soft_wrap=True)
+        # Text: brackets and :names: in a message are the user's own, not markup.
+        message = Text(str(err))
+        Console(stderr=True).print(Text("error:", style="bold red"), message, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
@@ -105,11 +108,11 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
     from .client_app import app as client
     from .server_app import run
     from .sim import CohortGrid
-    from .task import federation_of, model_of, recipe_of
+    from .task import device_of, federation_of, model_of, recipe_of
 
     # Flower sets its logger up when it is imported: its level is ours to choose only after that.
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
-    recipe_of(config), model_of(config)  # refuse what cannot work before data are read
+    recipe_of(config), model_of(config), device_of(config)  # refuse before data are read
     federation = federation_of(config)
     if federation.dropped:
         console.print(f"{federation.dropped} clients are too small for the split and left out")
@@ -142,4 +145,5 @@ def _print_outcome(folder: Path) -> None:
     ):
         table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
     console.print(table)
-    console.print(f"results: {folder}/results.json, model.safetensors, report.html", soft_wrap=True)
+    where = Text(f"results: {folder}/results.json, model.safetensors, report.html")
+    console.print(where, soft_wrap=True)

@@ -160,8 +160,12 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"configuration file {str(path)!r} does not exist: check the path"
             ) from err
-        except tomllib.TOMLDecodeError as err:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise ConfigError(f"configuration file {str(path)!r} is not TOML: {err}") from err
+        except OSError as err:
+            raise ConfigError(
+                f"configuration file {str(path)!r} cannot be read: {err.strerror}"
+            ) from err
 
     def to_flower(self) -> dict[str, Scalar]:
         """Return every key with its value, hyphenated, as Flower's run config holds them."""
@@ -197,7 +201,11 @@ def parse_options(text: str, *, key: str) -> dict[str, Scalar]:
     {'ways': 5, 'alphabet': 'Old Church'}
     """
     options: dict[str, Scalar] = {}
-    for part in shlex.split(text):
+    try:
+        parts = shlex.split(text)
+    except ValueError as err:
+        raise ConfigError(f"{key} = {text!r}: {str(err).lower()}, close the quotes") from err
+    for part in parts:
         name, equals, value = part.partition("=")
         if not (name and equals):
             raise ConfigError(

@@ -15,13 +15,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: where the folder cannot be made or written to.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as err:
-        raise ConfigError(
-            f"cannot write to {str(path.parent)!r}: {err.strerror}; choose another folder with out"
-        ) from err
+    handle, name = _open_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -32,3 +26,24 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` where it is not there; raise ConfigError where files cannot be written to it.
+
+    For before a long computation, whose results would otherwise be lost at its end.
+    """
+    handle, name = _open_beside(folder / "check")
+    os.close(handle)
+    Path(name).unlink()
+
+
+def _open_beside(path: Path) -> tuple[int, str]:
+    """Return the handle and the name of a new temporary file in the folder of ``path``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as err:
+        raise ConfigError(
+            f"cannot write to {str(path.parent)!r}: {err.strerror}; choose another folder with out"
+        ) from err

@@ -7,6 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from .config import RunConfig
+from .files import check_writable
 from .sim.results import results_of, write_results
 from .strategies import RoundReport
 from .task import model_of, recipe_of
@@ -31,6 +32,7 @@ def run(
             answers.
     """
     recipe, model = recipe_of(config), model_of(config)
+    check_writable(Path(config.out))
     strategy = recipe.strategy(
         seed=config.seed,
         clients_per_round=config.clients_per_round,

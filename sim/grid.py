@@ -5,6 +5,7 @@ run`` and on a SuperLink.
 """
 
 import copy
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class CohortGrid(Grid):
             raise ConfigError(f"num_nodes = {num_nodes}: a federation needs at least one node")
         self._app = app
         self._run = Run.create_empty(RUN_ID)
+        self._lock = threading.Lock()  # legacy servers talk to their clients from many threads
         self._replies: dict[str, Message] = {}
         self._pushed = 0
         self._nodes = {
@@ -103,11 +105,13 @@ class CohortGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages, wait for each answer, and return the ids to pull answers by."""
-        return [self._deliver(message) for message in messages]
+        with self._lock:
+            return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the answers to ``message_ids`` and forget them."""
-        return [self._replies.pop(mid) for mid in message_ids if mid in self._replies]
+        with self._lock:
+            return [self._replies.pop(mid) for mid in message_ids if mid in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -133,10 +137,10 @@ class CohortGrid(Grid):
         if node is None:
             reason = f"there is no node {message.metadata.dst_node_id} in this grid"
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
-        # Nodes share the records of a broadcast: a client gets a dictionary of its own, so that it
-        # cannot add to its neighbours'.
+        # Nodes share the records of a broadcast: a client gets copies (the arrays' bytes stay
+        # shared, nobody can change those), so that it cannot write into its neighbours'.
         own = copy.copy(message)
-        own.content = RecordDict(dict(message.content))
+        own.content = RecordDict({name: item.copy() for name, item in message.content.items()})
         try:
             return self._app(own, node.context)
         except Exception as err:  # a client may raise anything: the others go on

@@ -60,7 +60,7 @@ def weighted_mean(
             continue
         total = np.zeros(value.shape, dtype=np.float64)
         for share, reply in zip(p, replies, strict=True):
-            total += share * reply.arrays[name]
+            total += share * reply.arrays[name].astype(np.float64)
         mean[name] = total
     return mean
 
@@ -81,7 +81,9 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
         if epsilon == 1.0:  # exactly the mean, to the bit
             return state, {name: mean[name].astype(sent[name].dtype) for name in sent}
         new = {
-            name: ((1 - epsilon) * value + epsilon * mean[name]).astype(value.dtype)
+            name: np.asarray(
+                (1 - epsilon) * value.astype(np.float64) + epsilon * mean[name], dtype=value.dtype
+            )
             if np.issubdtype(value.dtype, np.floating)
             else value
             for name, value in sent.items()
@@ -94,24 +96,28 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
 def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "uniform") -> Rule:
     """Return the rule that gives the pseudo-gradient w - sum_i p_i w_i to a torch.optim optimiser.
 
-    The optimiser's state persists over the rounds.
+    The optimiser's state persists over the rounds. It computes in float64 whatever the arrays'
+    dtype is: in float16, Adam's epsilon of 1e-8 is 0 and a gradient of 0 makes the model NaN.
 
     Args:
-        factory: ``factory(parameters) -> torch.optim.Optimizer``.
+        factory: ``factory(parameters) -> torch.optim.Optimizer``; the parameters are float64.
         weighting: "uniform" or "examples".
     """
 
     def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
         mean = weighted_mean(sent, replies, weighting)
         floating = [n for n, value in sent.items() if np.issubdtype(value.dtype, np.floating)]
-        params = [torch.from_numpy(np.array(sent[name])).requires_grad_() for name in floating]
+        params = [torch.tensor(sent[name], dtype=torch.float64) for name in floating]
         for name, param in zip(floating, params, strict=True):
-            param.grad = torch.from_numpy(sent[name] - mean[name]).to(param.dtype)
+            param.requires_grad_().grad = param.detach() - torch.from_numpy(mean[name])
         optimizer = factory(params)
         if state:
             optimizer.load_state_dict(copy.deepcopy(dict(state)))  # the old state stays as it was
         optimizer.step()
-        stepped = {n: p.detach().numpy() for n, p in zip(floating, params, strict=True)}
+        stepped = {
+            name: param.detach().numpy().astype(sent[name].dtype)
+            for name, param in zip(floating, params, strict=True)
+        }
         return optimizer.state_dict(), {n: stepped.get(n, sent[n]) for n in sent}
 
     return Rule(init=lambda _: {}, update=update)

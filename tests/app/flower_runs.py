@@ -59,8 +59,12 @@ class Flower:
             )
         except subprocess.TimeoutExpired as err:
             log = (err.stdout or b"").decode(errors="replace")
-            raise AssertionError(f"flwr run took more than {timeout_s:g} s; its log:\n{log}") from None
-        assert done.returncode == 0, f"flwr run ended with {done.returncode}; its log:\n{done.stdout}"
+            raise AssertionError(
+                f"flwr run took more than {timeout_s:g} s; its log:\n{log}"
+            ) from None
+        assert done.returncode == 0, (
+            f"flwr run ended with {done.returncode}; its log:\n{done.stdout}"
+        )
         return done.stdout
 
 
@@ -71,7 +75,13 @@ def flower(home: Path) -> Iterator[Flower]:
     `flwr run` starts one where it finds none, but leaves it running: this one is ours to stop.
     """
     link = Flower(home)
-    command = [str(BIN / "flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = [
+        str(BIN / "flower-superlink"),
+        "--insecure",
+        "--simulation",
+        "--isolation",
+        "subprocess",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(link.port)]
     log = home / "superlink.log"
     with log.open("wb") as file:
@@ -131,4 +141,6 @@ def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
             return
         time.sleep(0.2)
-    raise AssertionError(f"the SuperLink did not start; its log:\n{log.read_text(errors='replace')}")
+    raise AssertionError(
+        f"the SuperLink did not start; its log:\n{log.read_text(errors='replace')}"
+    )

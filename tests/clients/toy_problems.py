@@ -11,7 +11,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Point(nn.Module):
-    """The parameters themselves are the output, in named pieces: the loss is any function of them."""
+    """The output is the parameters, in named pieces: the loss is any function of them."""
 
     def __init__(self, **pieces):
         super().__init__()
@@ -75,7 +75,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def initialised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Return ``model`` with parameters from a stream of its own: torch's initialisers use the global one."""
+    """Return ``model`` with parameters drawn from a stream of its own."""
     draw = generator(seed)
     with torch.no_grad():
         for value in model.parameters():
@@ -106,7 +106,7 @@ def records(size: int, seed: int, *, dtype=torch.float64, features: int = 3) -> 
 
 
 def client_data(support: int = 6, query: int = 5, *, seed: int = 0, dtype=torch.float32):
-    """A client whose support set holds each of three classes equally often, the first among them."""
+    """A client whose support set holds each of three classes in turn."""
     xs, _ = records(support, seed, dtype=dtype)
     return ClientData((xs, torch.arange(support) % 3), records(query, seed + 1000, dtype=dtype))
 
@@ -139,7 +139,7 @@ def moved(at: Params, towards: Params, step: float) -> Params:
 
 
 def slope(function, step: float) -> float:
-    """The derivative of ``function`` at 0 by the five-point stencil: its error is step^4 f'''''/30."""
+    """The derivative of ``function`` at 0 by five points: its error is step^4 f'''''/30."""
     near = function(step) - function(-step)
     far = function(2 * step) - function(-2 * step)
     return (8 * near - far) / (12 * step)
@@ -183,3 +183,19 @@ def meta_gradient_by_graph(
     found = torch.autograd.grad(loss_at(model, loss_fn, now, query), wanted)
     grads = dict(zip(theta, found[: len(theta)], strict=True))
     return grads, dict(zip(names, found[len(theta) :], strict=True))
+
+
+def head(name: str) -> bool:
+    return name.startswith("head")
+
+
+def body(name: str) -> bool:
+    return not head(name)
+
+
+def random_rates(params, seed, scale=0.3):
+    draw = generator(seed)
+    return {
+        name: scale * torch.randn(value.shape, generator=draw, dtype=value.dtype)
+        for name, value in params.items()
+    }

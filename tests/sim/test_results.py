@@ -1,0 +1,167 @@
+"""results.json, model.safetensors and report.html of a run."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from metabloom.config import RunConfig
+from metabloom.errors import ConfigError
+from metabloom.sim.report import render_report
+from metabloom.sim.results import results_of, write_results
+from metabloom.strategies import ClientScore, RoundReport, RunResult
+from metabloom.wire import to_record
+
+CONFIG = RunConfig.read({"rounds": 2, "eval-steps": "1,3"})
+ARRAYS = {
+    "body.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "scale": np.array(0.5),
+    "batches": np.array(3, dtype=np.int64),
+}
+
+
+def score(client: str, role: str, accuracy: float, count: int = 10) -> ClientScore:
+    metrics = {"accuracy-before": accuracy, "loss-before": 1.0}
+    metrics |= {f"accuracy-after-{n}": accuracy + 0.1 * n for n in (1, 3)}
+    metrics |= {f"loss-after-{n}": 1 / (1 + n) for n in (1, 3)}
+    return ClientScore(client, 0, role, count, metrics)
+
+
+def report(number: int, validation: tuple[ClientScore, ...] = (), **changed) -> RoundReport:
+    values = {
+        "round": number,
+        "clients": ("a", "b"),
+        "failures": (("b", "ValueError: <script>alert(1)</script> Ünïcode"),),
+        "train_metrics": {"query-loss": 0.5},
+        "validation": validation,
+        "bytes_down": 200,
+        "bytes_up": 100,
+        "seconds": 1.5,
+    }
+    return RoundReport(**{**values, **changed})
+
+
+def result() -> RunResult:
+    return RunResult(
+        arrays=to_record(ARRAYS),
+        rounds=[report(1), report(2, (score("v", "validation", 0.4),))],
+        unseen=[score("x", "unseen", 0.2, count=1), score("<b>y</b> é", "unseen", 0.4, count=99)],
+        clients={"train": 3, "validation": 1, "unseen": 2},
+    )
+
+
+def results(config: RunConfig = CONFIG) -> dict:
+    return results_of(config, result())
+
+
+def test_the_data_hold_what_design_promises():
+    data = results()
+    promised = {"version", "strategy", "dataset", "seed", "rounds", "clients", "unseen"}
+    assert promised | {"bytes_up", "bytes_down", "seconds", "history", "config"} <= set(data)
+    assert data["clients"] == {"train": 3, "validation": 1, "unseen": 2}
+    assert data["rounds"] == 2
+    assert (data["bytes_down"], data["bytes_up"]) == (400, 200)
+    assert data["seconds"] == 3.0
+    assert data["failures"] == 2
+    assert data["config"] == CONFIG.to_flower()
+
+
+def test_unseen_accuracies_are_macro_averages_whatever_the_clients_sizes():
+    unseen = results()["unseen"]
+    assert unseen["average"] == "macro"
+    assert unseen["accuracy_before"] == pytest.approx(0.3)  # 1 and 99 records count alike
+    assert unseen["accuracy_after"] == {"1": pytest.approx(0.4), "3": pytest.approx(0.6)}
+    assert unseen["loss_after"] == {"1": pytest.approx(0.5), "3": pytest.approx(0.25)}
+    assert [one["client"] for one in unseen["per_client"]] == ["x", "<b>y</b> é"]
+    assert [one["num_examples"] for one in unseen["per_client"]] == [1, 99]
+
+
+def test_the_history_tells_each_round():
+    first, second = results()["history"]
+    assert first["clients"] == ["a", "b"]
+    assert first["failures"][0]["client"] == "b"
+    assert first["train"] == {"query-loss": 0.5}
+    assert first["validation"] is None
+    assert second["validation"]["accuracy_before"] == pytest.approx(0.4)
+
+
+def test_a_run_without_unseen_clients_has_no_accuracy_rather_than_a_wrong_one():
+    data = results_of(CONFIG, RunResult(arrays=to_record(ARRAYS)))
+    assert data["unseen"]["accuracy_before"] is None
+    assert data["unseen"]["accuracy_after"] == {"1": None, "3": None}
+    assert "No unseen client was evaluated" in render_report(data)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path, bad: float):
+    told = RunResult(
+        arrays=to_record(ARRAYS),
+        rounds=[report(1, train_metrics={"query-loss": bad})],
+        unseen=[ClientScore("x", 0, "unseen", 1, {"accuracy-before": bad, "loss-before": bad})],
+    )
+    write_results(tmp_path, results_of(CONFIG, told), told.arrays)
+    text = (tmp_path / "results.json").read_text()
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
+    assert data["history"][0]["train"]["query-loss"] is None
+    assert data["unseen"]["accuracy_before"] is None
+    assert data["unseen"]["per_client"][0]["loss-before"] is None
+
+
+def test_the_files_are_written_and_the_model_keeps_names_shapes_and_dtypes(tmp_path: Path):
+    folder = write_results(tmp_path / "deep" / "er", results(), result().arrays)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "report.html",
+        "results.json",
+    ]
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results()
+    loaded = load_file(folder / "model.safetensors")
+    assert set(loaded) == set(ARRAYS)
+    for name, value in ARRAYS.items():
+        np.testing.assert_array_equal(loaded[name], value)
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+
+
+def test_a_write_that_breaks_off_leaves_the_earlier_file_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_results(tmp_path, results(), result().arrays)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(handle: int) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_results(tmp_path, {**results(), "seed": 9}, to_record({"w": np.ones(3)}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"cannot write to .*file.*choose another folder"):
+        write_results(tmp_path / "file" / "out", results(), result().arrays)
+
+
+def test_the_report_needs_no_network():
+    page = render_report(results())
+    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page)
+    assert [tag for tag in tags if re.search(r"(?:src|href)\s*=", tag)] == []
+    assert "@import" not in page
+    assert page.count("Plotly.newPlot(") == 2  # adaptation, progress
+    assert "plotly.js v" in page  # the script itself is in the page
+
+
+def test_the_report_shows_the_figures_and_escapes_what_users_name():
+    data = results(RunConfig.read({"rounds": 2, "eval-steps": "1,3", "out": "<img src=x> & more"}))
+    page = render_report(data)
+    assert "30.0%" in page  # unseen before
+    assert "40.0%" in page  # after 1 step
+    assert "<img src=x>" not in page
+    assert "&lt;img src=x&gt; &amp; more" in page
+    assert "<b>y</b>" not in page.replace("\\u003cb\\u003ey\\u003c\\u002fb\\u003e", "")
