@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .data import Batch, ClientData
 
 
@@ -35,8 +36,17 @@ def draw(records: Batch, *, size: int, generator: torch.Generator) -> Batch:
 
 
 def resplit(data: ClientData, *, generator: torch.Generator) -> ClientData:
-    """Return the client's records in a fresh split, with as many support records of each class."""
+    """Return the client's records in a fresh split, with as many support records of each class.
+
+    Raises:
+        DataError: where targets are not classes, i.e. one integer >= 0 for each record.
+    """
     inputs, targets = data.all
+    if targets.ndim != 1 or targets.is_floating_point():
+        raise DataError(
+            f"split 'fresh' keeps the classes of the support set, but the targets are "
+            f"{targets.dtype} of shape {tuple(targets.shape)}: use split='fixed'"
+        )
     wanted = torch.bincount(data.support[1], minlength=int(targets.max()) + 1)
     order = torch.randperm(len(targets), generator=generator)
     rank = _rank_within_class(targets[order])

@@ -32,7 +32,8 @@ class ClientData:
 
     def to(self, device: str) -> "ClientData":
         """Return the same records on ``device``; itself where they are there already."""
-        if all(tensor.device.type == device for tensor in (*self.support, *self.query)):
+        wanted = torch.device(device)
+        if all(tensor.device == wanted for tensor in (*self.support, *self.query)):
             return self
         (xs, ys), (xq, yq) = self.support, self.query
         return ClientData((xs.to(device), ys.to(device)), (xq.to(device), yq.to(device)))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
 from .objective import Batch, LossFn, Params, predict
 
 LOSS_BEFORE, ACCURACY_BEFORE = "loss-before", "accuracy-before"
@@ -60,6 +61,8 @@ def score(model: nn.Module, loss_fn: LossFn, params: Params, records: Batch) -> 
     The accuracy of the largest output against integer targets.
     """
     inputs, targets = records
+    if not len(targets):
+        raise DataError("there are no records to score: a client needs a query set")
     total, correct = torch.zeros((), dtype=torch.float64), 0
     for start in range(0, len(targets), CHUNK):
         part: Tensor = targets[start : start + CHUNK]

@@ -13,6 +13,7 @@ from flwr.client import NumPyClient
 from torch import nn
 
 from ..errors import ConfigError, WireError
+from ..models import check_layers
 from ..streams import torch_stream
 from ..wire import SERVER_ROUND
 from .data import ClientData
@@ -45,6 +46,7 @@ class Learner(NumPyClient):
 
     Raises:
         ConfigError: where a value is out of range, naming it.
+        ModelError: where the model has layers that cannot be adapted, e.g. BatchNorm.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Learner(NumPyClient):
         device: str = "cpu",
         context: Context | None = None,
     ) -> None:
+        check_layers(model)
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
         counts = all(isinstance(n, int) and n >= 1 for n in eval_steps)
         if not counts or list(eval_steps) != sorted(set(eval_steps)):

@@ -8,7 +8,7 @@ needs no name; ``check_model`` says whether it is safe.
 from .. import __version__ as _v  # noqa: F401
 from ..registry import discover
 from ._build import MODELS, build_model, register_model
-from ._check import check_model, head_names
+from ._check import check_layers, check_model, head_names
 from .char_lstm import CharLSTM
 from .cnn import FemnistCNN
 from .conv4 import Conv4
@@ -23,6 +23,7 @@ __all__ = [
     "Conv4",
     "FemnistCNN",
     "build_model",
+    "check_layers",
     "check_model",
     "head_names",
     "register_model",

@@ -38,10 +38,7 @@ def check_model(
     metabloom.errors.ModelError: Linear returned shape (2, 2) for 2 records of shape (3,), wanted \
 (2, 5): the loss needs one row of num_classes = 5 logits a record; change the last layer
     """
-    _check_parameters(model)
-    for name, module in model.named_modules():
-        where = f"layer {name!r}" if name else "the model"
-        _check_layer(f"{where} is {type(module).__name__}", module)
+    check_layers(model)
     # Layers of a kind that refuses to be copied are named above; what is left fails here.
     try:
         twin = copy.deepcopy(model).train()
@@ -51,6 +48,21 @@ def check_model(
             "computed tensors, open files or locks on a module"
         ) from err
     _check_forward(twin, tuple(input_shape), num_classes, input_dtype)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raise ModelError for what can be seen without running ``model``; see ``check_model``.
+
+    >>> check_layers(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    Traceback (most recent call last):
+    metabloom.errors.ModelError: layer '1' is BatchNorm1d: BatchNorm mixes the records of a batch, \
+so no record has a gradient of its own, and its statistics leave the client without noise; use \
+GroupNorm, or run opacus.validators.ModuleValidator.fix(model) before the model is first sent
+    """
+    _check_parameters(model)
+    for name, module in model.named_modules():
+        where = f"layer {name!r}" if name else "the model"
+        _check_layer(f"{where} is {type(module).__name__}", module)
 
 
 def head_names(model: nn.Module) -> frozenset[str]:

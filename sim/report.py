@@ -17,7 +17,8 @@ PAGE = """<!doctype html>
  }}
 </style></head><body> <h1>{title}</h1> {summary} <h2>Adaptation of unseen clients</h2> <p
 class="note">Query accuracy of clients that took no part in training, by adaptation steps on their
-support sets. Each thin line is a client; the thick line is their mean, each client counting once.</p> {adaptation}
+support sets. Each thin line is a client; the thick line is their mean, each client counting
+once.</p> {adaptation}
 <h2>Progress by round</h2> <p class="note">Validation clients, mean accuracy before and after
 adaptation.</p> {progress} <h2>Configuration</h2> {configuration} </body></html>
 """

@@ -1,4 +1,7 @@
-"""Real `flwr run`s for tests: a local SuperLink of our own, started in a neutral directory, and the results of a run."""
+"""Real `flwr run`s for tests.
+
+A local SuperLink of our own, started in a neutral directory, and the results of a run.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""Interplay with Flower: `flwr run`, Flower's strategies with our clients, our strategies with foreign clients."""
+"""Interplay with Flower.
+
+`flwr run`, Flower's strategies with our clients, our strategies with foreign clients.
+"""
 
 import importlib
 import re
@@ -191,6 +194,7 @@ OURS = {
 FLOWERS = {
     "FedAvg": lambda **shell: flowers.FedAvg(**shell),
     "FedAvgM": lambda **shell: flowers.FedAvgM(**shell),
+    # Flower's server optimisers send float64 arrays from the first aggregation on.
     "FedAdam": lambda **shell: flowers.FedAdam(eta=0.1, tau=0.01, **shell),
     "FedProx": lambda **shell: flowers.FedProx(proximal_mu=0.01, **shell),
     "FedMedian": lambda **shell: flowers.FedMedian(**shell),
@@ -223,17 +227,8 @@ def start_model() -> ArrayRecord:
     return ArrayRecord({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
 
 
-# Flower's server optimisers send float64 arrays from the first aggregation on.
-SENDS_FLOAT64 = pytest.mark.xfail(
-    reason="Learner.load must cast what it receives to the model's dtype", strict=True
-)
-
-
 @pytest.mark.parametrize("kind", sorted(OURS))
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[SENDS_FLOAT64] * (name == "FedAdam")) for name in sorted(FLOWERS)],
-)
+@pytest.mark.parametrize("name", sorted(FLOWERS))
 def test_a_strategy_of_flower_trains_our_clients(name: str, kind: str):
     strategy = FLOWERS[name](fraction_train=1.0)
     result = strategy.start(

@@ -1,25 +1,29 @@
-"""client_app: one client serves Message-API servers, legacy servers and the roll call."""
+"""client_app: one client serves Message-API servers and the roll call."""
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.client import NumPyClient
 from flwr.common import (
-    Code,
-    EvaluateIns,
     FitIns,
-    GetParametersIns,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
-from flwr.common.constant import MessageTypeLegacy
 from flwr.compat.common import recorddict_compat as compat
 from flwr.supercore.task_identity import TaskIdentity
 
 from metabloom.clients import MAMLClient, SGDClient, client_app
 from metabloom.errors import WireError
 from metabloom.sim import CohortGrid
-from tests.clients.toy_problems import Shifted, client_data, initialised
+from tests.clients.messages import (
+    NAMED,
+    Echo,
+    arrays_of,
+    as_numpy,
+    ask,
+    learner,
+    message_of,
+    place,
+    record_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,73 +31,6 @@ def _running_task(monkeypatch):
     # Flower keeps the identity of the running task in the process; messages are born with it.
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-def place(partition=3, partitions=7):
-    return Context(
-        run_id=1,
-        node_id=1,
-        node_config={"partition-id": partition, "num-partitions": partitions},
-        state=RecordDict(),
-        run_config={},
-    )
-
-
-def ask(app, kind, content, *, context=None):
-    """Hand ``app`` a message as Flower does and return the answer's content."""
-    message = Message(RecordDict(content), dst_node_id=1, message_type=kind)
-    message.metadata.__dict__["_message_id"] = "1"
-    reply = app(message, context or place())
-    assert reply.has_content()
-    assert reply.metadata.reply_to_message_id == "1"
-    return reply.content
-
-
-def record_of(arrays, order=None):
-    return ArrayRecord({name: Array(arrays[name]) for name in order or arrays})
-
-
-def as_numpy(record):
-    return {name: value.numpy() for name, value in record.items()}
-
-
-def learner(kind=SGDClient, **options):
-    return kind(initialised(Shifted()), client_data(), name="anna", inner_lr=0.4, **options)
-
-
-def arrays_of(own):
-    return dict(zip(own.array_names, own.get_parameters({}), strict=True))
-
-
-class Echo(NumPyClient):
-    """A client of somebody else: it knows no names. It records what it was given."""
-
-    def __init__(self, *, drop=0, metrics=None):
-        self.drop = drop
-        self.metrics = metrics or {}
-        self.seen = []
-
-    def fit(self, parameters, config):
-        self.seen.append((parameters, config))
-        return [a * 2 for a in parameters[self.drop :]], 17, self.metrics
-
-    def evaluate(self, parameters, config):
-        self.seen.append((parameters, config))
-        return 0.5, 4, self.metrics
-
-
-NAMED = {
-    "z": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "a": np.array(3, dtype=np.int64),
-    "m.half": np.ones(2, dtype=np.float16),
-}
-
-
-def message_of(arrays=None, config=None):
-    return {
-        "arrays": record_of(NAMED if arrays is None else arrays),
-        "config": ConfigRecord(config or {}),
-    }
 
 
 # --- Message API -------------------------------------------------------------------------------
@@ -234,49 +171,6 @@ def test_without_text_there_is_one_record_of_metrics():
     assert set(content) == {"arrays", "metrics"}
 
 
-# --- legacy servers ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [SGDClient, MAMLClient])
-def test_a_legacy_server_gets_the_same_training_as_a_message_server(kind):
-    app = client_app(lambda context: learner(kind))
-    sent = arrays_of(learner(kind))
-    modern = ask(app, "train", message_of(sent, {"server-round": 2}))
-    ins = FitIns(ndarrays_to_parameters(list(sent.values())), {"server-round": 2})
-    content = ask(app, "train", compat.fitins_to_recorddict(ins, keep_input=True))
-    res = compat.recorddict_to_fitres(content, keep_input=True)
-    assert res.status.code == Code.OK
-    found = parameters_to_ndarrays(res.parameters)
-    for got, right in zip(found, as_numpy(modern["arrays"]).values(), strict=True):
-        np.testing.assert_array_equal(got, right)
-    own = dict(modern["metrics"])
-    assert res.num_examples == own.pop("num-examples")
-    assert res.metrics == own
-
-
-def test_a_legacy_server_gets_the_same_evaluation_as_a_message_server():
-    app = client_app(lambda context: learner())
-    sent = arrays_of(learner())
-    modern = dict(ask(app, "evaluate", message_of(sent))["metrics"])
-    ins = EvaluateIns(ndarrays_to_parameters(list(sent.values())), {})
-    content = ask(app, "evaluate", compat.evaluateins_to_recorddict(ins, keep_input=True))
-    res = compat.recorddict_to_evaluateres(content)
-    assert res.loss == modern.pop("loss")
-    assert res.num_examples == modern.pop("num-examples")
-    assert res.metrics == modern
-
-
-def test_a_legacy_server_gets_the_first_parameters():
-    ins = compat.getparametersins_to_recorddict(GetParametersIns({}))
-    app = client_app(lambda context: learner())
-    content = ask(app, MessageTypeLegacy.GET_PARAMETERS, ins)
-    res = compat.recorddict_to_getparametersres(content, keep_input=True)
-    for got, right in zip(
-        parameters_to_ndarrays(res.parameters), arrays_of(learner()).values(), strict=True
-    ):
-        np.testing.assert_array_equal(got, right)
-
-
 # --- roll call ---------------------------------------------------------------------------------
 
 
@@ -336,6 +230,12 @@ def test_a_missing_array_is_refused_by_name():
     sent = arrays_of(learner())
     del sent["body.bias"]
     with pytest.raises(WireError, match=r"differ in body\.bias"):
+        ask(client_app(lambda context: learner()), "train", message_of(sent))
+
+
+def test_an_array_too_many_is_refused_by_name():
+    sent = arrays_of(learner()) | {"tail": np.zeros(2, np.float32)}
+    with pytest.raises(WireError, match=r"differ in tail:"):
         ask(client_app(lambda context: learner()), "train", message_of(sent))
 
 

@@ -89,8 +89,9 @@ def test_parameters_that_require_grad_give_the_same_without_a_graph(order):
     assert torch.equal(flat(found.grads), flat(wanted.grads))
     outputs = (*found.grads.values(), *found.inner_lr_grads.values(), found.query_loss)
     assert not any(value.requires_grad for value in outputs)
-    adapted = adapt(model, CROSS_ENTROPY, live, arguments[0], inner_lr=0.3)
-    assert not any(value.requires_grad for value in adapted.values())
+    for rate in (0.3, rates):
+        adapted = adapt(model, CROSS_ENTROPY, live, arguments[0], inner_lr=rate)
+        assert not any(value.requires_grad for value in adapted.values())
     assert all(value.grad is None for value in live.values())
 
 
@@ -106,6 +107,18 @@ def test_the_buffers_of_a_model_take_part():
     ).grads
     assert torch.equal(flat(found), flat(wanted))
     assert torch.equal(predict(model, params, xq), predict(plain, params, xq + 1))
+
+
+def test_scoring_a_model_that_counts_its_calls_in_a_buffer_does_not_change_it():
+    class Counting(Shifted):
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+    model = initialised(Counting()).double()
+    first = predict(model, weights(model), records(6, 1)[0])
+    assert torch.equal(predict(model, weights(model), records(6, 1)[0]), first)
+    assert model.seen == 2
 
 
 # --- bad input ---------------------------------------------------------------------------------

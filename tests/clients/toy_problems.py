@@ -199,3 +199,11 @@ def random_rates(params, seed, scale=0.3):
         name: scale * torch.randn(value.shape, generator=draw, dtype=value.dtype)
         for name, value in params.items()
     }
+
+
+def random_quadratic(size, draw):
+    """(A, c) with the eigenvalues of A in [.2, 2] and a random basis."""
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
+    eigenvalues = 0.2 + 1.8 * torch.rand(size, generator=draw, dtype=torch.float64)
+    matrix = basis * eigenvalues @ basis.T
+    return (matrix + matrix.T) / 2, torch.randn(size, generator=draw, dtype=torch.float64)

@@ -184,7 +184,7 @@ def test_a_round_without_an_answer_leaves_the_model_and_the_run_goes_on(name: st
 @EVERY
 def test_a_run_without_any_answer_ends_with_the_first_reason(name: str):
     toy = Toy(fails=lambda partition, number: f"disk {partition} is full")
-    with pytest.raises(MetabloomError, match="no client answered.*partition-0.*disk 0 is full"):
+    with pytest.raises(MetabloomError, match=r"no client answered.*partition-0.*disk 0 is full"):
         start(strategy_of(name), toy, nodes=2, rounds=2)
 
 
@@ -204,25 +204,28 @@ def test_the_seed_decides_the_sample(name: str):
     assert all(len(set(clients)) == 3 for clients in sample(name, seed=1))
 
 
+def seed_global_state(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the legacy global state is what must stay untouched
+    torch.manual_seed(seed)
+
+
+def global_state() -> list[str]:
+    return [
+        str(random.getstate()),
+        str(np.random.get_state()),  # noqa: NPY002
+        str(torch.get_rng_state().tolist()),
+    ]
+
+
 @EVERY
 def test_global_random_state_is_neither_read_nor_changed(name: str):
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002  the legacy global state is what must stay untouched
-    torch.manual_seed(1)
+    seed_global_state(1)
+    before = global_state()
     first = sample(name, seed=0)
-    after = (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist())  # noqa: NPY002
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    torch.manual_seed(1)
-    untouched = (
-        random.getstate(),
-        np.random.get_state()[1].tobytes(),
-        torch.get_rng_state().tolist(),
-    )
-    assert after == untouched
-    random.seed(2)
-    np.random.seed(2)  # noqa: NPY002
-    torch.manual_seed(2)
+    assert global_state() == before
+    seed_global_state(2)
+    assert global_state() != before
     assert sample(name, seed=0) == first
 
 

@@ -1,4 +1,4 @@
-"""The pure rules: known answers, torch.optim run by hand, laws, and wrong rules that the laws refuse."""
+"""The pure rules: known answers, torch.optim run by hand, laws, and wrong rules that fail them."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ def adam(params) -> torch.optim.Optimizer:
 
 
 def rebuilt(factory: Callable) -> Rule:
-    """A wrong rule: builds its optimiser anew each round (the defect of Flower's fedmeta baseline)."""
+    """A wrong rule: it builds its optimiser anew each round, as Flower's fedmeta baseline does."""
     right = server_optimizer(factory)
     return Rule(init=right.init, update=lambda _, sent, replies: right.update({}, sent, replies))
 
@@ -371,5 +371,5 @@ def test_a_server_learning_rate_that_is_not_finite_and_above_0_is_refused(lr: fl
 
 
 def test_an_unknown_server_optimiser_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="'adm'.*did you mean 'adam'"):
+    with pytest.raises(ConfigError, match=r"'adm'.*did you mean 'adam'"):
         FedMeta(optimizer="adm")

@@ -1,4 +1,7 @@
-"""Virtual nodes for strategy tests: a client that moves each array by an amount of its own, and grids that misbehave."""
+"""Virtual nodes for strategy tests.
+
+A client that moves each array by an amount of its own, and grids that misbehave.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def model() -> Arrays:
-    """Return a model with every kind of array that torch has: matrices, a scalar, a counter, half precision."""
+    """Return a model with a matrix, a scalar, a counter, double and half precision."""
     return {
         "weight": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
         "bias": np.array([0.1, -0.2], dtype=np.float64),
@@ -112,7 +115,7 @@ class ShuffledGrid(CohortGrid):
 
 
 class GrowingGrid(CohortGrid):
-    """A grid whose node of the last partition shows itself only after ``after`` training messages."""
+    """A grid whose last node shows itself only after ``after`` training messages."""
 
     after = 1
     trained = 0
@@ -127,7 +130,7 @@ class GrowingGrid(CohortGrid):
         return super().push_messages(messages)
 
 
-# Values with which every strategy's step is simple: fedmeta's is then the mean of the clients' models.
+# With these even fedmeta's step is the mean of the clients' models.
 PLAIN = {"server-optimizer": "sgd", "outer-lr": 1.0}
 
 
