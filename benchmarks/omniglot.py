@@ -177,8 +177,8 @@ def page_of(model: str, rows: list[dict[str, Any]]) -> str:
         "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}; "
         f"{fixed['rounds']} rounds of 8 clients for every method; `{fixed['model-args']}`, "
-        f"`{fixed['dataset-args']}`; 320 training, 40 validation and 40 unseen clients of 5 support "
-        f"and 25 query images. Accuracy in %, mean ± standard deviation over seeds "
+        f"`{fixed['dataset-args']}`; 320 training, 40 validation and 40 unseen clients of 5 "
+        f"support and 25 query images. Accuracy in %, mean ± standard deviation over seeds "
         f"{', '.join(map(str, SEEDS))}, each client counting once. Settings and rates were chosen "
         "on the validation clients of seed 0. Seconds of one run, two at a time.",
         "",

@@ -1,4 +1,4 @@
-"""The README is true: every name in it exists and runs, every command and every block of code works."""
+"""The README is true: its names exist and run, its commands and blocks of code work."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def table_names(header: str) -> set[str]:
-    """Return the `names` in the first column of the table whose header line starts with ``header``."""
+    """Return the `names` in the first column of the table that ``header`` begins."""
     rows = TEXT.split(f"\n| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
