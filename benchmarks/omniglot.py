@@ -205,15 +205,19 @@ def _cell(values: list[float]) -> str:
 
 
 def main(
-    data_root: Annotated[Path, typer.Option(help="Folder of data sets.")],
+    data_root: Annotated[Path | None, typer.Option(help="Folder; METABLOOM_DATA, ./data.")] = None,
     model: Annotated[str, typer.Option(help="mlp or conv4.")] = "mlp",
-    work: Annotated[Path, typer.Option(help="Folder for finished runs.")] = Path(".cache/omniglot"),
+    work: Annotated[
+        Path, typer.Option(help="Folder for finished runs; empty it after a change of the code.")
+    ] = Path(".cache/omniglot"),
     out: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("benchmarks/results"),
     workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Choose on validation clients, run three seeds, write the table."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    place = (str(data_root.resolve()), str(work.resolve()))
+    from metabloom.config import data_folder
+
+    place = (str((data_root or data_folder()).resolve()), str(work.resolve()))
     with ProcessPoolExecutor(workers) as pool:
         tuning = {
             name: [pool.submit(run_job, point, 0, *place) for point in grid_of(model, method)]

@@ -1,7 +1,4 @@
-"""One NumPyClient for every server.
-
-Message-API strategies, legacy strategies, and the roll call.
-"""
+"""Serve one NumPyClient to Message-API strategies, legacy servers and the roll call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,16 +9,18 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from ..errors import WireError
+from ..errors import MetabloomError, WireError
 from ..wire import (
     ARRAYS,
     CONFIG,
+    ERROR,
     METRICS,
     NUM_EXAMPLES,
     NUM_PARTITIONS,
     PARTITION_ID,
     PROPERTIES,
     ROLL_CALL,
+    SERVER_ROUND,
     from_record,
     to_record,
 )
@@ -50,8 +49,10 @@ def client_app(
         kind = message.metadata.message_type
         if kind == ROLL_CALL:
             return _answer_roll_call(message, context, client_fn, properties)
-        if kind not in ("train", "evaluate") or _is_legacy(message.content):
+        if kind not in ("train", "evaluate"):
             return call_next(message, context)
+        if _is_legacy(message.content):
+            return call_next(_with_round(message), context)
         content = _train if kind == "train" else _evaluate
         return Message(content(client_fn(context), message.content), reply_to=message)
 
@@ -62,6 +63,19 @@ def _is_legacy(content: RecordDict) -> bool:
     return any(name.startswith(LEGACY_PREFIXES) for name in content)
 
 
+def _with_round(message: Message) -> Message:
+    """Return a legacy message whose config tells the round, which legacy servers keep in group_id.
+
+    Without it a client would draw the same batches in every round.
+    """
+    for name, record in message.content.config_records.items():
+        if name.endswith("ins.config") and SERVER_ROUND not in record:
+            group = message.metadata.group_id
+            number = int(group) if group.isdigit() else 0
+            message.content[name] = ConfigRecord({**record, SERVER_ROUND: number})
+    return message
+
+
 def _answer_roll_call(
     message: Message, context: Context, client_fn: ClientFn, properties: Properties | None
 ) -> Message:
@@ -70,7 +84,11 @@ def _answer_roll_call(
         for key in (PARTITION_ID, NUM_PARTITIONS)
         if key in context.node_config
     }
-    said = properties(context) if properties else client_fn(context).get_properties({})
+    said: dict[str, Any]
+    try:
+        said = properties(context) if properties else client_fn(context).get_properties({})
+    except MetabloomError as err:  # the server says it to the user, and leaves this node out
+        said = {ERROR: str(err)}
     return Message(RecordDict({PROPERTIES: ConfigRecord({**place, **said})}), reply_to=message)
 
 
@@ -128,10 +146,7 @@ def _config(content: RecordDict) -> dict[str, bool | bytes | float | int | str]:
 def _measured(
     metrics: dict[str, bool | bytes | float | int | str], num_examples: int
 ) -> dict[str, ArrayRecord | MetricRecord | ConfigRecord]:
-    """Return numbers as the MetricRecord.
-
-    Text and bytes, which that cannot hold, as a ConfigRecord beside it.
-    """
+    """Return numbers as a MetricRecord, and text, which that cannot hold, as a ConfigRecord."""
     numbers: dict[str, Any] = {
         name: int(value) if isinstance(value, bool | int | np.integer) else float(value)
         for name, value in metrics.items()

@@ -1,6 +1,6 @@
 """What one client holds: a support set to adapt on and a query set to be judged on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,10 +14,13 @@ class ClientData:
     Attributes:
         support: inputs (S, *input_shape) float32, or int64 for characters; targets (S,) int64.
         query: the same for the (Q, ...) records that adaptation never sees.
+        fixed_split: the two must not be mixed: windows of one text overlap, or the inputs were
+            scaled by statistics of the support set.
     """
 
     support: Batch
     query: Batch
+    fixed_split: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -31,9 +34,10 @@ class ClientData:
         return inputs, torch.cat((self.support[1], self.query[1]))
 
     def to(self, device: str) -> "ClientData":
-        """Return the same records on ``device``; itself where they are there already."""
-        wanted = torch.device(device)
-        if all(tensor.device == wanted for tensor in (*self.support, *self.query)):
-            return self
+        """Return the same records on ``device``."""
         (xs, ys), (xq, yq) = self.support, self.query
-        return ClientData((xs.to(device), ys.to(device)), (xq.to(device), yq.to(device)))
+        return replace(
+            self,
+            support=(xs.to(device), ys.to(device)),
+            query=(xq.to(device), yq.to(device)),
+        )

@@ -1,10 +1,8 @@
-"""What every client of ours shares.
-
-A model, its data, the exchange of arrays, and evaluation by adaptation.
-"""
+"""The base of our clients: model, data, exchange of arrays, evaluation by adaptation."""
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -14,10 +12,10 @@ from torch import nn
 
 from ..errors import ConfigError, WireError
 from ..models import check_layers
-from ..streams import torch_stream
-from ..wire import SERVER_ROUND
+from ..streams import torch_seeded, torch_stream
+from ..wire import PARTITION_ID, SERVER_ROUND
 from .data import ClientData
-from .evaluation import Advance, adaptation_curve
+from .evaluation import LOSS_BEFORE, Advance, adaptation_curve, loss_after
 from .meta_gradient import Predicate, adapt, check_inner_loop
 from .objective import LossFn, Params
 
@@ -31,7 +29,7 @@ class Learner(NumPyClient):
 
     Args:
         model: called functionally and never changed; its state_dict says which arrays are
-            exchanged, in its order.
+            exchanged, in its order. Parameters without requires_grad stay as they are received.
         data: the client's support and query sets, or a function that loads them when they are first
             needed.
         loss_fn: ``loss_fn(output, target)``, a scalar mean over the batch.
@@ -40,7 +38,7 @@ class Learner(NumPyClient):
         adapt: which parameter names the adaptation moves; None means all.
         batch_size: records of a training batch; 0 means all.
         seed: of the client's random streams, which also depend on ``name`` and the round.
-        name: identity of the client.
+        name: identity of the client; empty: its partition or node, where there is a context.
         device: where to compute.
         context: Flower's Context of this message, for clients that keep state over the rounds.
 
@@ -82,18 +80,21 @@ class Learner(NumPyClient):
         self.adapted = adapt
         self.batch_size = batch_size
         self.seed = seed
-        self.name = name
+        self.name = name or _name_in(context)
         self.device = device
         self.context = context
         self.array_names = tuple(model.state_dict())
         self._data = data
+        self._placed = self.device == "cpu"
 
     @property
     def data(self) -> ClientData:
         """The client's support and query sets, on the client's device."""
         if not isinstance(self._data, ClientData):
             self._data = self._data()
-        return self._data.to(self.device)
+        if not self._placed:
+            self._data, self._placed = self._data.to(self.device), True
+        return self._data
 
     def get_properties(self, config: Config) -> Config:
         """Return what this client is: its class and its model's architecture."""
@@ -109,19 +110,18 @@ class Learner(NumPyClient):
         """Return (query loss after the most steps, number of query records, adaptation curve)."""
         del config
         params = self.load(parameters)
+        if draws_random_numbers(self.model):  # an evaluation says the same each time
+            self.model = copy.deepcopy(self.model).eval()
         query = self.data.query
         start, advance = self.adaptation(params)
         curve = adaptation_curve(
             self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance
         )
-        last = list(curve)[-2]  # the curve ends with a loss and an accuracy
+        last = loss_after(self.eval_steps[-1]) if self.eval_steps else LOSS_BEFORE
         return curve[last], len(query[1]), dict(curve)
 
     def adaptation(self, params: Params) -> tuple[Params, Advance]:
-        """Return where this client's adaptation starts, and its steps.
-
-        Gradient steps on the whole support set.
-        """
+        """Return where adaptation starts, and gradient steps on the whole support set."""
         support = self.data.support
         return params, lambda point, steps: adapt(
             self.model,
@@ -136,7 +136,7 @@ class Learner(NumPyClient):
     def load(self, parameters: NDArrays) -> Params:
         """Return the received arrays as the model's parameters, in its dtypes, on the device.
 
-        Received buffers go into a copy of the model.
+        What is not trained (buffers, frozen parameters) goes into a copy of the model.
 
         Raises:
             WireError: where their number or a shape is not the model's.
@@ -157,18 +157,15 @@ class Learner(NumPyClient):
             name: torch.from_numpy(np.array(array)).to(self.device, own[name].dtype)
             for name, array in zip(own, parameters, strict=True)
         }
-        trainable = {name for name, _ in self.model.named_parameters()}
-        buffers = {name: value for name, value in received.items() if name not in trainable}
-        if buffers:
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        rest = {name: value for name, value in received.items() if name not in trainable}
+        if rest or any(True for _ in self.model.buffers()):
             self.model = copy.deepcopy(self.model).to(self.device)
-            self.model.load_state_dict(buffers, strict=False)
+            self.model.load_state_dict(rest, strict=False)
         return {name: value for name, value in received.items() if name in trainable}
 
     def dump(self, params: Params, received: NDArrays) -> NDArrays:
-        """Return ``params`` as arrays in the order and dtypes received.
-
-        Buffers go back as they came.
-        """
+        """Return ``params`` as arrays in the order and dtypes received; the rest as it came."""
         return [
             params[name].detach().cpu().numpy().astype(array.dtype, copy=False)
             if name in params
@@ -179,3 +176,22 @@ class Learner(NumPyClient):
     def stream(self, purpose: str, config: Config) -> torch.Generator:
         """Return this client's random stream for ``purpose`` in the round that ``config`` names."""
         return torch_stream(self.seed, purpose, int(config.get(SERVER_ROUND, 0)), self.name)
+
+    def seeded(self, config: Config) -> AbstractContextManager[None]:
+        """Return a block in which layers that draw random numbers (dropout) use this stream."""
+        return torch_seeded(self.seed, "layers", int(config.get(SERVER_ROUND, 0)), self.name)
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Return whether a forward pass of ``model`` as it stands draws random numbers (dropout)."""
+    return any(
+        module.training and module.p > 0
+        for module in model.modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+    )
+
+
+def _name_in(context: Context | None) -> str:
+    if context is None:
+        return ""
+    return str(context.node_config.get(PARTITION_ID, context.node_id))

@@ -6,23 +6,24 @@ Each local meta-step, on a support and a query batch:
 
     w <- w - beta * d/dw L_query(w - alpha * grad L_support(w))
 
-FedMeta is one meta-step with beta = 1: the server then finds the meta-gradient in the difference w
-- w_i and gives it to an optimiser of its own. Per-FedAvg is tau meta-steps with three independent
-batches D (inner), D' (query), D'' (Hessian) each, and the server takes the mean of the models.
+FedMeta is one meta-step with beta = 1: the difference between the model sent and the model returned
+is then the meta-gradient, which the server gives to an optimiser of its own. Per-FedAvg is tau
+meta-steps with three independent batches D (inner), D' (query), D'' (Hessian) each, and the server
+takes the mean of the models.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from flwr.app import Context
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .batches import draw, resplit
 from .data import Batch, ClientData
-from .learner import Config, Learner, NDArrays
+from .learner import Config, Learner, NDArrays, draws_random_numbers
 from .local_update import LocalResult, LocalUpdate, mean_of, run_update
 from .meta_gradient import (
     InnerLR,
@@ -41,7 +42,10 @@ QUERY_LOSS = "query-loss"
 class MetaBatch:
     """The batches of one meta-step.
 
-    ``curvature`` is the batch of the Hessian, None for the support batch.
+    Attributes:
+        support: to adapt on.
+        query: to score on.
+        curvature: of the Hessian; None for the support batch.
     """
 
     support: Batch
@@ -98,18 +102,18 @@ class MAMLClient(Learner):
     """A Flower NumPyClient that trains by local meta-steps and evaluates by adaptation.
 
     Args:
-        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``seed``, ``name``
-            and ``device``.
+        model: see ``Learner``.
         data: see ``Learner``.
-        inner_lr: alpha > 0.
         outer_lr: beta > 0. With 1 and one local step the reply is w - g: what ``FedMeta`` expects.
         inner_steps: K >= 1.
         local_steps: meta-steps of a round, >= 1.
         order: "exact", "first" or "hf".
-        batch_size: records of each support and query batch; 0 takes the whole sets.
         split: how a meta-step gets its batches. "fixed": from the client's support and query sets;
             "fresh": from a new split of all its records, with as many support records of each
-            class; "independent": three independent batches of all its records (Per-FedAvg).
+            class (data with a ``fixed_split`` keep theirs); "independent": three independent
+            batches of all its records (Per-FedAvg).
+        learner: keyword arguments of ``Learner``: inner_lr, batch_size, loss_fn, eval_steps, adapt,
+            seed, name, device, context.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -120,36 +124,21 @@ class MAMLClient(Learner):
         model: nn.Module,
         data: ClientData | Callable[[], ClientData],
         *,
-        loss_fn: LossFn = nn.functional.cross_entropy,
-        inner_lr: float = 0.1,
         outer_lr: float = 1.0,
         inner_steps: int = 1,
         local_steps: int = 1,
         order: Order = "exact",
-        adapt: Predicate | None = None,
-        batch_size: int = 0,
         split: str = "fixed",
-        eval_steps: Sequence[int] = (1, 5),
-        seed: int = 0,
-        name: str = "",
-        device: str = "cpu",
-        context: Context | None = None,
+        **learner: Any,
     ) -> None:
-        super().__init__(
-            model,
-            data,
-            loss_fn=loss_fn,
-            inner_lr=inner_lr,
-            eval_steps=eval_steps,
-            adapt=adapt,
-            batch_size=batch_size,
-            seed=seed,
-            name=name,
-            device=device,
-            context=context,
-        )
-        check_inner_loop(inner_lr, inner_steps, dict(model.named_parameters()), adapt)
+        super().__init__(model, data, **learner)
+        check_inner_loop(self.inner_lr, inner_steps, dict(model.named_parameters()), self.adapted)
         check_order(order)
+        if order == "hf" and draws_random_numbers(model):
+            raise ConfigError(
+                "order = 'hf' takes the difference of two gradients, and dropout draws another "
+                "mask for each: use order = 'exact', or dropout of p = 0"
+            )
         if not 0 < outer_lr < math.inf:
             raise ConfigError(f"outer_lr = {outer_lr!r}: must be a finite number above 0")
         if not (isinstance(local_steps, int) and local_steps >= 1):
@@ -176,7 +165,8 @@ class MAMLClient(Learner):
             order=self.order,
             adapt=self.adapted,
         )
-        result = run_update(update, params, self._batches(self.stream("maml", config)))
+        with self.seeded(config):
+            result = run_update(update, params, self._batches(self.stream("maml", config)))
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
 
     def _batches(self, generator: torch.Generator) -> Iterator[MetaBatch]:
@@ -192,11 +182,13 @@ def _fixed(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch
 
 
 def _fresh(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
-    return _fixed(resplit(data, generator=generator), size, generator)
+    mixed = data if data.fixed_split else resplit(data, generator=generator)
+    return _fixed(mixed, size, generator)
 
 
 def _independent(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
-    inner, query, curvature = (draw(data.all, size=size, generator=generator) for _ in range(3))
+    records = data.all
+    inner, query, curvature = (draw(records, size=size, generator=generator) for _ in range(3))
     return MetaBatch(support=inner, query=query, curvature=curvature)
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .objective import Batch, LossFn, Objective, Params, detached, objective
+from .data import Batch
+from .objective import LossFn, Objective, Params, detached, objective
 
 Order = Literal["exact", "first", "hf"]
 InnerLR = float | Mapping[str, Tensor]
@@ -153,7 +154,7 @@ def check_inner_loop(
     if not names:
         raise ConfigError(f"adapt selects none of the parameters {', '.join(params)}")
     if not isinstance(inner_lr, Mapping):
-        if not 0 < inner_lr < math.inf:
+        if not (isinstance(inner_lr, int | float) and 0 < inner_lr < math.inf):
             raise ConfigError(f"inner_lr = {inner_lr!r}: must be a finite number above 0, e.g. 0.1")
         return
     for name in names:

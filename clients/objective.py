@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ModelError
+from .data import Batch
 
 Params = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[[Params, Batch], Tensor]
 
@@ -21,13 +21,20 @@ def objective(model: nn.Module, loss_fn: LossFn) -> Objective:
     are not used.
 
     Raises (when called):
-        ModelError: where the loss is not a scalar.
+        ModelError: where the loss is not a scalar, or a target has no column in the output.
     """
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
 
     def evaluate(params: Params, batch: Batch) -> Tensor:
         inputs, targets = batch
-        loss = loss_fn(functional_call(model, (params, buffers), (inputs,)), targets)
+        output = functional_call(model, (params, buffers), (inputs,))
+        try:
+            loss = loss_fn(output, targets)
+        except IndexError as err:  # what torch's losses raise for a class beyond the last column
+            raise ModelError(
+                f"the output of {type(model).__name__} has shape {tuple(output.shape)}, the "
+                f"largest target is {int(targets.max())}: one column for each class is needed"
+            ) from err
         if loss.ndim != 0:
             raise ModelError(
                 f"the loss has shape {tuple(loss.shape)}, a scalar mean over the batch is needed: "

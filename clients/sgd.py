@@ -11,11 +11,11 @@ and stays on the client. mu = 0 is plain SGD.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from flwr.app import Context
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -29,7 +29,7 @@ from .objective import LossFn, Params, detached, objective
 from .personal import PersonalModel
 
 TRAIN_LOSS = "train-loss"
-PROXIMAL_MU = "proximal-mu"  # the key by which Flower's own FedProx strategy sends mu
+PROXIMAL_MU_KEYS = ("proximal-mu", "proximal_mu")  # of Flower's FedProx, new and legacy
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,16 @@ class SGDClient(Learner):
     """A Flower NumPyClient that trains by epochs of SGD and evaluates with fine-tuning.
 
     Args:
-        model: see ``Learner``, also for ``loss_fn``, ``eval_steps``, ``adapt``, ``batch_size``,
-            ``seed``, ``name`` and ``device``.
+        model: see ``Learner``.
         data: see ``Learner``; training uses support and query records alike.
-        inner_lr: learning rate of the fine-tuning at evaluation, > 0.
         local_lr: learning rate of training, > 0.
         local_epochs: epochs of a round, >= 1.
-        proximal_mu: FedProx's mu >= 0. A ``proximal-mu`` in the train config (Flower's FedProx
-            strategy sends it) takes its place.
+        proximal_mu: FedProx's mu >= 0. The mu that Flower's FedProx strategies send in the train
+            config takes its place.
         ditto_lambda: None for no personal model; else Ditto's lambda >= 0, and ``context`` is
-            needed.
-        context: Flower's Context, in whose state the personal model lasts over the rounds.
+            needed: the personal model lasts in its state.
+        learner: keyword arguments of ``Learner``: inner_lr (of the fine-tuning at evaluation),
+            batch_size, loss_fn, eval_steps, adapt, seed, name, device, context.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -113,33 +112,13 @@ class SGDClient(Learner):
         model: nn.Module,
         data: ClientData | Callable[[], ClientData],
         *,
-        loss_fn: LossFn = nn.functional.cross_entropy,
-        inner_lr: float = 0.1,
         local_lr: float = 0.1,
         local_epochs: int = 1,
-        batch_size: int = 0,
         proximal_mu: float = 0.0,
         ditto_lambda: float | None = None,
-        context: Context | None = None,
-        adapt: Predicate | None = None,
-        eval_steps: Sequence[int] = (1, 5),
-        seed: int = 0,
-        name: str = "",
-        device: str = "cpu",
+        **learner: Any,
     ) -> None:
-        super().__init__(
-            model,
-            data,
-            loss_fn=loss_fn,
-            inner_lr=inner_lr,
-            eval_steps=eval_steps,
-            adapt=adapt,
-            batch_size=batch_size,
-            seed=seed,
-            name=name,
-            device=device,
-            context=context,
-        )
+        super().__init__(model, data, **learner)
         if not 0 < local_lr < math.inf:
             raise ConfigError(f"local_lr = {local_lr!r}: must be a finite number above 0")
         if not (isinstance(local_epochs, int) and local_epochs >= 1):
@@ -151,12 +130,13 @@ class SGDClient(Learner):
         self.local_epochs = local_epochs
         self.proximal_mu = proximal_mu
         self.ditto_lambda = ditto_lambda
-        self.personal = None if ditto_lambda is None else PersonalModel(context)
+        self.personal = None if ditto_lambda is None else PersonalModel(self.context)
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        """Return (the trained model, the client's records, {"train-loss": mean over the steps}).
+        """Train from the received model; with Ditto, train the personal model too.
 
-        Ditto also trains its own.
+        Returns:
+            The trained model, the number of the client's records, and the mean loss of the steps.
         """
         received = self.load(parameters)
         update = sgd_update(
@@ -165,40 +145,47 @@ class SGDClient(Learner):
             lr=self.local_lr,
             proximal_mu=self._proximal_mu(config),
         )
-        result = run_update(update, received, self._batches("sgd", config))
-        if self.personal is not None:
-            own = run_update(
-                self._pulled_to(received, self.local_lr),
-                self.personal.load(self.device) or received,
-                self._batches("ditto", config),
-            )
-            self.personal.keep(own.params)
+        with self.seeded(config):
+            result = run_update(update, received, self._batches("sgd", config))
+            if self.personal is not None:
+                own = run_update(
+                    self._pulled_to(received, self.local_lr),
+                    self.personal.load(self.device) or received,
+                    self._batches("ditto", config),
+                )
+                self.personal.keep(own.params)
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
 
     def adaptation(self, params: Params) -> tuple[Params, Advance]:
-        """Return where adaptation starts, and its steps.
+        """Return where adaptation starts, and its steps; see ``Learner``.
 
-        Ditto starts at its personal model, pulled to the received one.
+        Ditto starts at its personal model and is pulled to the received one.
         """
         if self.personal is None:
             return super().adaptation(params)
-        update, support = self._pulled_to(params, self.inner_lr), self.data.support
+        update = self._pulled_to(params, self.inner_lr, train=self.adapted)
+        support = self.data.support
         start = self.personal.load(self.device) or params
         return start, lambda point, steps: run_update(update, point, [support] * steps).params
 
     def _proximal_mu(self, config: Config) -> float:
-        value = float(config.get(PROXIMAL_MU, self.proximal_mu))
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{PROXIMAL_MU} = {value!r} in the train config: must be at least 0")
+        for key in PROXIMAL_MU_KEYS:
+            if key in config and not 0 <= float(config[key]) < math.inf:
+                raise ConfigError(f"{key} = {config[key]!r} in the train config: must be >= 0")
+        sent = [float(config[key]) for key in PROXIMAL_MU_KEYS if key in config]
+        value = sent[0] if sent else self.proximal_mu
         return value
 
-    def _pulled_to(self, anchor: Params, lr: float) -> LocalUpdate[SGDState, Batch]:
+    def _pulled_to(
+        self, anchor: Params, lr: float, train: Predicate | None = None
+    ) -> LocalUpdate[SGDState, Batch]:
         return sgd_update(
             self.model,
             self.loss_fn,
             lr=lr,
             proximal_mu=self.ditto_lambda or 0.0,
             anchor=anchor,
+            train=train,
         )
 
     def _batches(self, purpose: str, config: Config) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Meta-learning, distillation and differential privacy for Flower.
+"""Federated meta-learning on Flower; distillation and differential privacy are to come.
 
 The import name and the Flower app. The four rooms ``strategies``, ``clients``, ``models`` and
 ``sim`` are subpackages: nested here in a wheel, beside this folder in a checkout and in an app

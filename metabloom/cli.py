@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="metabloom",
-    help="Meta-learning, distillation and differential privacy for Flower.",
+    help="Federated meta-learning on Flower: models that adapt to clients they have never seen.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -87,9 +87,6 @@ def main() -> None:
         message = Text(str(err))
         Console(stderr=True).print(Text("error:", style="bold red"), message, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped")
-        sys.exit(130)
 
 
 def _assignment(text: str) -> tuple[str, object]:
@@ -100,19 +97,18 @@ def _assignment(text: str) -> tuple[str, object]:
 
 
 def _run(config: RunConfig, *, verbose: bool) -> Path:
-    """Run ``config`` on a grid with one node for each client of the federation.
-
-    Return the folder of the results.
-    """
+    """Run ``config`` on a grid with a node for each client; return the folder of the results."""
     # Torch takes seconds to import: only the command that computes pays for it.
     from .client_app import app as client
     from .server_app import run
     from .sim import CohortGrid
-    from .task import device_of, federation_of, model_of, recipe_of
+    from .task import device_of, federation_of, idle_keys, model_of, recipe_of
 
     # Flower sets its logger up when it is imported: its level is ours to choose only after that.
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
     recipe_of(config), model_of(config), device_of(config)  # refuse before data are read
+    for key in idle_keys(config):
+        console.print(f"{key} has no effect under {config.strategy}")
     federation = federation_of(config)
     if federation.dropped:
         console.print(f"{federation.dropped} clients are too small for the split and left out")
@@ -137,7 +133,8 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
 
 
 def _print_outcome(folder: Path) -> None:
-    unseen = json.loads((folder / "results.json").read_text(encoding="utf-8"))["unseen"]
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    unseen = results["unseen"]
     table = Table("unseen clients", "accuracy")
     for label, value in (
         ("before adaptation", unseen["accuracy_before"]),
@@ -145,5 +142,11 @@ def _print_outcome(folder: Path) -> None:
     ):
         table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
     console.print(table)
+    failures = [one for entry in (*results["history"], unseen) for one in entry["failures"]]
+    if failures:
+        first = f"{failures[0]['client']}: {failures[0]['reason']}"
+        console.print(Text(f"{len(failures)} replies failed; the first: {first}"), soft_wrap=True)
+    if results["history"][-1]["train"] and None in results["history"][-1]["train"].values():
+        console.print("the training loss is not finite any more: lower the learning rates")
     where = Text(f"results: {folder}/results.json, model.safetensors, report.html")
     console.print(where, soft_wrap=True)

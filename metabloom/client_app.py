@@ -5,16 +5,19 @@ from flwr.app import Context
 
 from .clients import CLIENTS, Learner, client_app
 from .config import RunConfig
+from .errors import ConfigError
 from .sim import Federation
 from .task import device_of, federation_of, model_of, recipe_of
-from .wire import CLIENT_NAME, NUM_PARTITIONS, PARTITION_ID, ROLE
+from .wire import CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
+FEWEST = 3  # nodes
 SURPLUS = "surplus"  # the role of a node for which the federation has no client
 
 
 def client_fn(context: Context) -> Learner:
     """Return the client of this node's partition."""
-    torch.set_num_threads(1)  # nodes share the machine: one thread each, as many nodes as cores
+    # One thread a node: nodes share the machine, and sums then have the same bits everywhere.
+    torch.set_num_threads(1)
     config = RunConfig.read(context.run_config)
     recipe = recipe_of(config)
     federation, index = _place(context, config)
@@ -32,18 +35,31 @@ def client_fn(context: Context) -> Learner:
 
 
 def properties(context: Context) -> dict[str, str | int | float | bool]:
-    """Return what this node answers at the roll call: its role, its client's name, its model."""
+    """Return what this node answers at the roll call: its role and its client's name.
+
+    What cannot work (an unknown name, a missing file, no GPU) is raised here, before any round.
+    """
     config = RunConfig.read(context.run_config)
+    recipe_of(config), model_of(config), device_of(config)
     federation, index = _place(context, config)
     if index >= len(federation):
         return {ROLE: SURPLUS, CLIENT_NAME: f"surplus-{index}"}
-    return {ROLE: federation.roles[index], CLIENT_NAME: federation.client_ids[index]}
+    return {
+        ROLE: federation.roles[index],
+        CLIENT_NAME: federation.client_ids[index],
+        DROPPED: federation.dropped,
+    }
 
 
 def _place(context: Context, config: RunConfig) -> tuple[Federation, int]:
     """Return the federation, with no more clients than nodes, and this node's index in it."""
     index = int(context.node_config[PARTITION_ID])
     nodes = int(context.node_config[NUM_PARTITIONS])
+    if nodes < FEWEST:
+        raise ConfigError(
+            f"{nodes} nodes are too few: one client each is needed to train, to validate and to "
+            'stay unseen; with flwr run, --federation-config "num-supernodes=60" starts more'
+        )
     federation = federation_of(config)
     return (federation_of(config, nodes) if nodes < len(federation) else federation), index
 

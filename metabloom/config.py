@@ -6,7 +6,6 @@ Keys are written with hyphens (``inner-lr``) wherever a user writes them; the sa
 ``config.inner_lr`` in Python.
 """
 
-import difflib
 import os
 import shlex
 import tomllib
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 
 Scalar = bool | int | float | str
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -38,6 +37,7 @@ class RunConfig(BaseModel):
         extra="forbid",
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
+        coerce_numbers_to_str=True,
     )
 
     strategy: str = Field("fedmeta", description="registry name of the strategy")
@@ -47,6 +47,9 @@ class RunConfig(BaseModel):
         "", description="registry name of the model; empty: the data set's usual one"
     )
     model_args: str = Field("", description="options of the model, e.g. 'hidden=128'")
+    plugins: str = Field(
+        "", description="modules with strategies, data sets or models of your own, with commas"
+    )
     data_root: str = Field(
         "",
         description=f"folder of data sets; empty: {DATA_ENVIRONMENT_VARIABLE}, else ./data",
@@ -67,17 +70,24 @@ class RunConfig(BaseModel):
         "exact",
         description="meta-gradient: exact second order, first order, Hessian-free",
     )
-    outer_lr: Rate = Field(0.01, description="learning rate of fedmeta's server optimiser (beta)")
+    outer_lr: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="rate of the meta-update (beta); 0: the strategy's usual one",
+    )
     server_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = Field(
         "adam",
         description="torch.optim optimiser of fedmeta's server; its state persists",
     )
     local_lr: Rate = Field(
-        0.1, description="learning rate of local training: SGD, or per-fedavg's meta-steps"
+        0.1, description="learning rate of plain local SGD (fedavg and its family)"
     )
     local_steps: Count = Field(1, description="per-fedavg: local meta-steps of a round (tau)")
     local_epochs: Count = Field(1, description="local epochs of a round (fedavg and its family)")
-    batch_size: CountOrDefault = Field(0, description="records of a batch; 0: all of the client's")
+    batch_size: CountOrDefault = Field(
+        0, description="records of a batch; 0: all (per-fedavg's three batches then coincide)"
+    )
     split: Literal["fixed", "fresh"] = Field(
         "fresh",
         description="fedmeta's support and query: the client's own sets, or a new split each step",
@@ -119,12 +129,11 @@ class RunConfig(BaseModel):
 
     @property
     def data_folder(self) -> Path:
-        """Where data sets lie: ``data-root``, else the environment variable, else ./data."""
-        chosen = self.data_root or os.environ.get(DATA_ENVIRONMENT_VARIABLE) or "data"
-        return Path(chosen).expanduser()
+        """Where data sets lie; see the function of that name."""
+        return data_folder(self.data_root)
 
     @classmethod
-    def keys(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, Any]:
         """Return the default of every key, hyphenated, as Flower's app config lists them."""
         return {name.replace("_", "-"): field.default for name, field in cls.model_fields.items()}
 
@@ -134,14 +143,19 @@ class RunConfig(BaseModel):
 
         Raise ConfigError naming each wrong key.
         """
-        known = cls.keys()
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"unknown configuration key {unknown[0]!r}: did you mean {close[0]!r}? "
-                "'metabloom config' lists every key"
-            )
+        known = cls.defaults()
+        wrong = [
+            f"unknown configuration key {key!r}: {nearest(key, known)}"
+            "'metabloom config' lists every key"
+            for key in sorted(set(values) - set(known))
+        ]
+        wrong += [
+            f"{key} = {value!r}: a number or a text is needed, not true or false"
+            for key, value in values.items()
+            if isinstance(value, bool) and key in known and not isinstance(known[key], bool)
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
         try:
             return cls.model_validate(dict(values))
         except ValidationError as err:
@@ -170,6 +184,12 @@ class RunConfig(BaseModel):
     def to_flower(self) -> dict[str, Scalar]:
         """Return every key with its value, hyphenated, as Flower's run config holds them."""
         return self.model_dump(by_alias=True)
+
+
+def data_folder(root: str = "") -> Path:
+    """Return where data sets lie: ``root``, else METABLOOM_DATA of the environment, else ./data."""
+    chosen = root or os.environ.get(DATA_ENVIRONMENT_VARIABLE) or "data"
+    return Path(chosen).expanduser()
 
 
 def _one_line(problem: dict[str, Any]) -> str:

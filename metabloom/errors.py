@@ -38,6 +38,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     unknown data set 'omnigolt': did you mean 'omniglot'? Known: digits, omniglot
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = nearest(name, names)
     return ConfigError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the nearest of ``known``, or nothing where none is near.
+
+    >>> nearest("inner-lrr", ["inner-lr", "rounds"])
+    "did you mean 'inner-lr'? "
+    """
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""

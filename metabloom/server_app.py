@@ -1,16 +1,18 @@
 """The Flower ServerApp: runs the configured strategy and writes the results."""
 
 from collections.abc import Callable
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import Context
+from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from .config import RunConfig
 from .files import check_writable
 from .sim.results import results_of, write_results
 from .strategies import RoundReport
-from .task import model_of, recipe_of
+from .task import idle_keys, model_of, recipe_of
 from .wire import to_record
 
 app = ServerApp()
@@ -19,7 +21,10 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what ``context.run_config`` describes; called by Flower."""
-    run(grid, RunConfig.read(context.run_config))
+    config = RunConfig.read(context.run_config)
+    for key in idle_keys(config):
+        log(WARNING, "%s has no effect under %s", key, config.strategy)
+    log(INFO, "results: %s", run(grid, config).resolve())
 
 
 def run(

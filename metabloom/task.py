@@ -1,10 +1,13 @@
-"""From a configuration to what both ends of a run build: the federation, the model, the algorithm.
+"""From a configuration to what both ends of a run build: federation, model, algorithm.
 
 Server and clients call the same functions on the same configuration, so they agree without sending
 more than arrays.
 """
 
+import importlib
 from functools import lru_cache
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,39 +18,81 @@ from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .strategies import STRATEGIES, Recipe
 
+STRATEGY_KEYS = (  # keys that some strategies read and others do not
+    "inner_steps",
+    "order",
+    "outer_lr",
+    "server_optimizer",
+    "local_lr",
+    "local_steps",
+    "local_epochs",
+    "split",
+    "proximal_mu",
+    "ditto_lambda",
+    "reptile_epsilon",
+)
+
 
 def recipe_of(config: RunConfig) -> Recipe:
     """Return both ends of the configured algorithm."""
+    _import_plugins(config.plugins)
     return STRATEGIES[config.strategy](config)
+
+
+def idle_keys(config: RunConfig) -> list[str]:
+    """Return the keys that the configuration changes and its strategy never reads.
+
+    >>> idle_keys(RunConfig.read({"strategy": "fedavg", "order": "first", "local-lr": 0.2}))
+    ['order']
+    """
+    watch = _Watch(config)
+    STRATEGIES[config.strategy](cast(RunConfig, watch))
+    defaults = RunConfig.read({})
+    changed = [key for key in STRATEGY_KEYS if getattr(config, key) != getattr(defaults, key)]
+    return [key.replace("_", "-") for key in changed if key not in watch.read]
 
 
 def spec_of(config: RunConfig) -> DataSpec:
     """Return what a model of the configured data set takes and gives; needs no data."""
+    _import_plugins(config.plugins)
     return dataset_spec(config.dataset, **_options(config))
 
 
-@lru_cache(maxsize=8)
 def federation_of(config: RunConfig, num_clients: int = 0) -> Federation:
-    """Return the configured federation of ``num_clients`` (0: as configured).
+    """Return the configured federation of ``num_clients`` (0: as configured), kept in the process.
 
-    One for each process.
+    Configurations that differ in what is no matter of the data share one.
     """
-    return load_federation(
-        config.dataset,
-        root=config.data_folder,
-        seed=config.seed,
-        num_clients=num_clients or config.num_clients,
-        download=config.download,
-        **_options(config),
+    _import_plugins(config.plugins)
+    count = num_clients or config.num_clients
+    options = tuple(sorted(_options(config).items()))
+    return _federation(
+        config.dataset, config.data_folder, config.seed, count, config.download, options
     )
 
 
-@lru_cache(maxsize=8)
-def model_of(config: RunConfig) -> nn.Module:
-    """Return the configured model with its initial weights, checked against the data set.
+@lru_cache(maxsize=2)
+def _federation(
+    dataset: str,
+    root: Path,
+    seed: int,
+    num_clients: int,
+    download: bool,
+    options: tuple[tuple[str, Scalar], ...],
+) -> Federation:
+    return load_federation(
+        dataset,
+        root=root,
+        seed=seed,
+        num_clients=num_clients,
+        download=download,
+        **dict(options),
+    )
 
-    One for each process, not to be changed.
-    """
+
+@lru_cache(maxsize=2)
+def model_of(config: RunConfig) -> nn.Module:
+    """Return the checked initial model, built once a process; not to be changed."""
     spec = spec_of(config)
     chosen = config.model or spec.model
     usual = dict(spec.model_options) if chosen == spec.model else {}
@@ -67,6 +112,30 @@ def device_of(config: RunConfig) -> str:
     if config.device == "auto":
         return "cuda" if available else "cpu"
     return config.device
+
+
+class _Watch:
+    """Stand in for a configuration and note which keys are read."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.read: set[str] = set()
+        self._config = config
+
+    def __getattr__(self, name: str) -> object:
+        self.read.add(name)
+        return getattr(self._config, name)
+
+
+@lru_cache
+def _import_plugins(names: str) -> None:
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        try:
+            importlib.import_module(name)
+        except ImportError as err:
+            raise ConfigError(
+                f"plugins: module {name!r} cannot be imported ({err}): install it, or run in its "
+                "folder with PYTHONPATH=."
+            ) from err
 
 
 def _options(config: RunConfig) -> dict[str, Scalar]:

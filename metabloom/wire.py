@@ -23,6 +23,8 @@ PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
 CLIENT_NAME = "client-name"
 ROLE = "role"
+DROPPED = "dropped"  # clients of the data set that were too small to take part
+ERROR = "error"  # why a node cannot take part
 
 NamedArrays = Mapping[str, np.ndarray]
 
@@ -30,7 +32,7 @@ NamedArrays = Mapping[str, np.ndarray]
 def to_record(arrays: NamedArrays) -> ArrayRecord:
     """Return ``arrays`` as a Flower ArrayRecord with the same names, order, shapes and dtypes."""
     return ArrayRecord(
-        {
+        {  # np.ascontiguousarray would make 0-d arrays 1-d
             name: Array(np.ascontiguousarray(value)) if value.ndim else Array(value)
             for name, value in arrays.items()
         }

@@ -1,13 +1,12 @@
 """Models by name: the table of builders, and initial weights that depend on their seed alone."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, nearest
 from ..registry import Registry
 from ..streams import torch_seeded
 from ._options import check_sizes
@@ -66,7 +65,7 @@ def build_model(
         try:
             model: object = builder(tuple(input_shape), num_classes, **options)
         except ConfigError as err:
-            raise ConfigError(f"model {name!r}, {err}; {_told(known)}") from err
+            raise ConfigError(f"model {name!r}, {err}. {_told(known)}") from err
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"the builder of model {name!r} returned {type(model).__name__}: it must return an "
@@ -83,12 +82,11 @@ def _options_of(builder: Builder) -> tuple[list[str], bool]:
 
 def _refuse_unknown(name: str, options: Mapping[str, Any], known: list[str]) -> None:
     for option in sorted(set(options) - set(known)):
-        close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(
-            f"model {name!r} has no option {option} (= {options[option]!r}){hint}; {_told(known)}"
+            f"model {name!r} has no option {option} (= {options[option]!r}): "
+            f"{nearest(option, known)}{_told(known)}"
         )
 
 
 def _told(known: list[str]) -> str:
-    return f"its options: {', '.join(sorted(known))}" if known else "it has no options"
+    return f"Its options: {', '.join(sorted(known))}" if known else "It has no options"

@@ -12,9 +12,10 @@ MOST_GROUPS = 32  # the paper's default
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm over ``channels`` with as many groups as hold at least 8 channels each.
+    """Return a GroupNorm over ``channels`` with as many groups of at least 8 channels as fit.
 
-    At most 32 groups, all equal; fewer than 8 channels make one group.
+    The groups are of one size, so their number divides the channels, and are at most 32; fewer than
+    8 channels are one group.
 
     Differences: the paper fixes either 32 groups or 16 channels a group; neither divides the widths
     of MobileNetV3.

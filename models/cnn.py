@@ -1,6 +1,7 @@
 """cnn: the convolutional net of LEAF for FEMNIST (1812.01097).
 
-conv 5x5, 32 - ReLU - max-pool 2 - conv 5x5, 64 - ReLU - max-pool 2 - dense 2048 - ReLU - logits.
+Its layers are conv 5x5, 32 - ReLU - max-pool 2 - conv 5x5, 64 - ReLU - max-pool 2 - dense 2048 -
+ReLU - logits.
 """
 
 from collections.abc import Sequence

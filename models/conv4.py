@@ -1,6 +1,6 @@
 """conv4: the four-block convolutional net of few-shot learning (MAML, 1703.03400, section 5.2).
 
-Four times: conv 3x3 - GroupNorm - ReLU - max-pool 2; then one linear layer.
+Each block is conv 3x3 - GroupNorm - ReLU - max-pool 2; one linear layer follows the four.
 
 Differences: GroupNorm (1803.08494) stands where the paper has BatchNorm, which is not safe under
 per-sample gradients; and a map smaller than 2x2 is not pooled, so that small images work too.

@@ -14,13 +14,13 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from ..clients.data import ClientData
-from ..config import RunConfig
+from ..config import data_folder
 from ..errors import ConfigError, DataError
 from ..registry import Registry
 from ..streams import numpy_stream
 from .datasets._options import SUPPLIED, checked, declared, split_options
 from .datasets._records import Records, Rows, Split
-from .datasets._roles import ROLES, Role, choose, seeded_roles
+from .datasets._roles import ROLES, Role, check_roles, choose, seeded_roles
 from .datasets._spec import DataSpec, RecordsLike, as_records, check_inputs, to_batch
 
 Loader = Callable[..., "Federation | Mapping[str, RecordsLike]"]
@@ -114,6 +114,7 @@ class Federation:
         return ClientData(
             to_batch(self.spec, inputs[support], records.targets[support]),
             to_batch(self.spec, inputs[query], records.targets[query]),
+            fixed_split=records.support_rows > 0,
         )
 
 
@@ -138,22 +139,24 @@ def federate(
         seed: of the choice of clients, of the roles and of every client's split.
         num_clients: a seeded choice of so many clients; 0: all.
         split: how to cut support and query; None: half and half.
-        roles: client id -> role, where the data decide it; None: a seeded 80/10/10 split of the
-            clients with at least one of each.
+        roles: client id -> "train", "validation" or "unseen" for every client, where the data
+            decide it; None: a seeded 80/10/10 split of the clients with at least one of each.
         already_dropped: clients that the loader itself left out as too small, to be counted.
 
     Raises:
         DataError: records that do not fit ``spec``, every client too small, more clients asked
-            for than there are, fewer than three.
+            for than there are, fewer than three, a client without one of the three roles.
     """
     split = split or Split()
     holders = {key: as_records(name, spec, key, records[key]) for key in sorted(records)}
     rows = {key: _split_rows(split, own, seed, key) for key, own in holders.items()}
+    if roles is not None:
+        check_roles(name, holders, roles)
     alive = [key for key in holders if rows[key] is not None]
     if not alive:
         raise _all_too_small(name, split, holders)
     chosen = choose(name, alive, num_clients, seed, roles)
-    role_of = roles or seeded_roles(chosen, seed)
+    role_of = seeded_roles(chosen, seed) if roles is None else roles
     return Federation(
         name,
         spec,
@@ -276,7 +279,7 @@ def load_federation(
             raise ConfigError(f"{label} = {value!r}: must be a whole number of at least 0")
     values = checked(name, entry.options(), options)
     asked = declared(entry.load)
-    folder = RunConfig.model_validate({"data-root": str(root or "")}).data_folder.absolute()
+    folder = data_folder(str(root or "")).absolute()
     supplied = {"root": folder, "seed": seed, "num_clients": num_clients, "download": download}
     arguments = {key: supplied.get(key, values.get(key)) for key in asked}
     loaded = entry.load(**arguments)

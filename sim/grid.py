@@ -34,8 +34,9 @@ class CohortGrid(Grid):
     """Hand messages to virtual nodes in this process.
 
     Node ids are derived from the seed and are not partition ids, so that nothing comes to rely on
-    their order. A client that raises answers with an error message, as under Flower's own engine.
-    Only one grid at a time: Flower keeps the identity of the running task in the process.
+    their order. A client that raises answers with an error message, and what it wrote into its
+    context is discarded, as under Flower's own engine. Only one grid at a time: Flower keeps the
+    identity of the running task in the process.
 
     Args:
         app: the ClientApp of every node.
@@ -116,10 +117,7 @@ class CohortGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Deliver messages and return the answers.
-
-        ``timeout`` is not needed, since nodes answer before this returns.
-        """
+        """Deliver messages and return the answers; nodes answer at once, whatever ``timeout``."""
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
@@ -137,12 +135,25 @@ class CohortGrid(Grid):
         if node is None:
             reason = f"there is no node {message.metadata.dst_node_id} in this grid"
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
-        # Nodes share the records of a broadcast: a client gets copies (the arrays' bytes stay
-        # shared, nobody can change those), so that it cannot write into its neighbours'.
-        own = copy.copy(message)
-        own.content = RecordDict({name: item.copy() for name, item in message.content.items()})
+        # Nodes share the records of a broadcast, and what a failing client wrote is not kept: a
+        # client writes into copies of its message and of its context.
+        own, context = copy.copy(message), copy.copy(node.context)
+        own.content = _copied(message.content)
+        context.state, context.run_config = _copied(context.state), dict(context.run_config)
         try:
-            return self._app(own, node.context)
+            reply = self._app(own, context)
         except Exception as err:  # a client may raise anything: the others go on
             reason = f"{type(err).__name__}: {err}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        node.context = context
+        return reply
+
+
+def _copied(records: RecordDict) -> RecordDict:
+    """Return copies of records and of their lists; arrays, whose bytes are fixed, stay shared."""
+    copies = {name: record.copy() for name, record in records.items()}
+    for record in copies.values():
+        for key, value in record.items():
+            if isinstance(value, list):
+                record[key] = value.copy()  # type: ignore[assignment]  # a copy has its type
+    return RecordDict(copies)

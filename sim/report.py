@@ -4,24 +4,48 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 INK, MUTED, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2b6cb0", "#c05621"
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>metabloom: {title}</title>
 <style>
- body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto;
- padding: 0 1rem }} h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }} table
- {{ border-collapse: collapse }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: left;
- vertical-align: top }} .figures td {{ font-variant-numeric: tabular-nums }} .note {{ color: #616e7c
- }}
-</style></head><body> <h1>{title}</h1> {summary} <h2>Adaptation of unseen clients</h2> <p
-class="note">Query accuracy of clients that took no part in training, by adaptation steps on their
-support sets. Each thin line is a client; the thick line is their mean, each client counting
-once.</p> {adaptation}
-<h2>Progress by round</h2> <p class="note">Validation clients, mean accuracy before and after
-adaptation.</p> {progress} <h2>Configuration</h2> {configuration} </body></html>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1f2933; }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }}
+h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }}
+td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
+.figures td {{ font-variant-numeric: tabular-nums; }}
+.note {{ color: #616e7c; }}
+</style>
+<script>{script}</script>
+</head>
+<body>
+<h1>{title}</h1>
+{summary}
+<h2>Adaptation of unseen clients</h2>
+<p class="note">{adaptation_note}</p>
+{adaptation}
+<h2>Progress by round</h2>
+<p class="note">{progress_note}</p>
+{progress}
+{failures}
+<h2>Configuration</h2>
+{configuration}
+</body>
+</html>
 """
+ADAPTATION_NOTE = (
+    "Query accuracy of clients that took no part in training, by adaptation steps on their support "
+    "sets. Each thin line is a client; the thick line is their mean, each client counting once."
+)
+PROGRESS_NOTE = "Validation clients, mean accuracy before and after adaptation."
+REASONS = 5  # failed replies that the report shows; results.json has all
 
 
 def render_report(results: dict[str, Any]) -> str:
@@ -29,17 +53,23 @@ def render_report(results: dict[str, Any]) -> str:
     title = f"{results['strategy']} on {results['dataset']}, seed {results['seed']}"
     return PAGE.format(
         title=escape(title),
+        script=get_plotlyjs(),
         summary=_summary(results),
+        adaptation_note=ADAPTATION_NOTE,
         adaptation=_adaptation_curves(results["unseen"]),
+        progress_note=PROGRESS_NOTE,
         progress=_progress(results["history"]),
+        failures=_failures(results),
         configuration=_table([(k, str(v)) for k, v in results["config"].items()]),
     )
 
 
 def _summary(results: dict[str, Any]) -> str:
     unseen, clients = results["unseen"], results["clients"]
+    dropped = results.get("dropped")
     rows = [
         ("clients", ", ".join(f"{count} {role}" for role, count in clients.items()) or "none"),
+        *([("left out, too small for the split", str(dropped))] if dropped else []),
         ("rounds", str(results["rounds"])),
         ("accuracy of unseen clients before adaptation", _percent(unseen["accuracy_before"])),
         *(
@@ -58,6 +88,8 @@ def _adaptation_curves(unseen: dict[str, Any]) -> str:
         return "<p>No unseen client was evaluated.</p>"
     steps = [0, *(int(step) for step in unseen["accuracy_after"])]
     names = ["accuracy-before", *(f"accuracy-after-{step}" for step in steps[1:])]
+    if all(one.get(name) is None for one in unseen["per_client"] for name in names):
+        return "<p>The clients report no accuracy; their losses are in results.json.</p>"
     figure = go.Figure()
     for one in unseen["per_client"]:
         figure.add_scatter(
@@ -73,13 +105,15 @@ def _adaptation_curves(unseen: dict[str, Any]) -> str:
     figure.add_scatter(
         x=steps, y=mean, mode="lines+markers", line={"color": ACCENT, "width": 4}, name="mean"
     )
-    return _html(figure, "adaptation steps", first=True, ticks=steps)
+    return _html(figure, "adaptation steps", ticks=steps)
 
 
 def _progress(history: list[dict[str, Any]]) -> str:
     validated = [entry for entry in history if entry["validation"]]
     if not validated:
         return "<p>No round was validated (eval-every = 0).</p>"
+    if all(entry["validation"]["accuracy_before"] is None for entry in validated):
+        return "<p>The validation clients report no accuracy.</p>"
     rounds = [entry["round"] for entry in validated]
     figure = go.Figure()
     figure.add_scatter(
@@ -102,10 +136,24 @@ def _progress(history: list[dict[str, Any]]) -> str:
     return _html(figure, "round")
 
 
-def _html(
-    figure: go.Figure, x_title: str, *, first: bool = False, ticks: list[int] | None = None
-) -> str:
-    """Return a figure as a div; the first one brings the script that all of them share."""
+def _failures(results: dict[str, Any]) -> str:
+    """Return the first failed replies with their reasons; nothing where all went well."""
+    failed = [
+        (f"round {entry['round']}", one)
+        for entry in results["history"]
+        for one in entry["failures"]
+    ]
+    failed += [("unseen clients", one) for one in results["unseen"].get("failures", [])]
+    if not failed:
+        return ""
+    rows = [(f"{when}, {one['client']}", one["reason"]) for when, one in failed[:REASONS]]
+    more = len(failed) - len(rows)
+    note = f'<p class="note">And {more} more, in results.json.</p>' if more else ""
+    return f"<h2>Failed replies</h2>\n{_table(rows)}\n{note}"
+
+
+def _html(figure: go.Figure, x_title: str, *, ticks: list[int] | None = None) -> str:
+    """Return a figure as a div, which the script in the page's head draws."""
     figure.update_layout(
         template="plotly_white",
         height=380,
@@ -115,7 +163,7 @@ def _html(
         yaxis={"title": "accuracy", "range": [0, 1.02], "tickformat": ".0%"},
     )
     html: str = figure.to_html(
-        full_html=False, include_plotlyjs=first, config={"displaylogo": False}
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False}
     )
     return html
 

@@ -22,11 +22,14 @@ RESULTS, MODEL, REPORT = "results.json", "model.safetensors", "report.html"
 
 
 def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
-    """Return the results of a run as JSON-ready data; NaN and infinity become null.
+    """Return the results of a run as data that JSON can hold: NaN and infinity become None.
 
-    Accuracies and losses are macro averages: the mean over clients, each client counting once.
+    Accuracies and losses are macro averages, the mean over clients with each client counting once.
+    An average is None where no client was evaluated, or where one of them does not report the
+    metric.
     """
-    data = {
+    steps = config.adaptation_steps
+    data: dict[str, Any] = {
         "version": __version__,
         "strategy": config.strategy,
         "dataset": config.dataset,
@@ -34,13 +37,20 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "rounds": config.rounds,
         "config": config.to_flower(),
         "clients": result.clients,
-        "unseen": _adaptation(result.unseen, config.adaptation_steps),
-        "history": [_round(report, config.adaptation_steps) for report in result.rounds],
+        "dropped": result.dropped,
+        "unseen": {
+            **_adaptation(result.unseen, steps),
+            "failures": _failures(result.final_failures),
+        },
+        "history": [_round(report, steps) for report in result.rounds],
         "bytes_down": sum(report.bytes_down for report in result.rounds),
         "bytes_up": sum(report.bytes_up for report in result.rounds),
         "seconds": sum(report.seconds for report in result.rounds),
-        "failures": sum(len(report.failures) for report in result.rounds),
+        "failures": sum(len(report.failures) for report in result.rounds)
+        + len(result.final_failures),
     }
+    if result.trained:
+        data["trained"] = _adaptation(result.trained, steps)
     return _finite(data)  # type: ignore[no-any-return]  # a dict comes back as a dict
 
 
@@ -78,7 +88,7 @@ def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
     return {
         "round": report.round,
         "clients": list(report.clients),
-        "failures": [{"client": name, "reason": reason} for name, reason in report.failures],
+        "failures": _failures(report.failures),
         "train": report.train_metrics,
         "validation": validation,
         "bytes_down": report.bytes_down,
@@ -87,9 +97,14 @@ def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def _failures(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"client": client, "reason": reason} for client, reason in pairs]
+
+
 def _mean(scores: Sequence[ClientScore], metric: str) -> float | None:
-    values = [one.metrics[metric] for one in scores if metric in one.metrics]
-    return fmean(values) if values else None
+    values = [one.metrics.get(metric) for one in scores]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None  # of all clients or none
 
 
 def _finite(value: Any) -> Any:

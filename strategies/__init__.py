@@ -8,9 +8,10 @@ from .fedmeta import FedMeta
 from .fedprox import FedProx
 from .per_fedavg import PerFedAvg
 from .recipe import STRATEGIES, Recipe
+from .reports import ClientScore, RoundReport, RunResult
 from .reptile import Reptile
 from .rules import Reply, Rule, interpolate, server_optimizer
-from .shell import ClientScore, RoundReport, RuleStrategy, RunResult
+from .shell import RuleStrategy
 
 discover(__name__, __path__)
 

@@ -8,21 +8,27 @@ one:
 v_i never leaves its client. An unseen client starts its own at w when it is evaluated.
 """
 
+from functools import partial
+
 from ..config import RunConfig
 from .fedavg import FedAvg, local_sgd
 from .recipe import STRATEGIES, Recipe, weighting_of
 
 
 class Ditto(FedAvg):
-    """FedAvg on the server; the personal models are the clients' own. Arguments as ``FedAvg``."""
+    """FedAvg on the server; the personal models are the clients' own. Arguments as ``FedAvg``.
+
+    After the last round the training clients score their personal models (``RunResult.trained``).
+    """
+
+    scores_training_clients = True
 
 
 @STRATEGIES.register("ditto")
 def recipe(config: RunConfig) -> Recipe:
     """FedAvg, with a personal model on each client that is pulled to the global one."""
-    weighting = weighting_of(config, "examples")
     return Recipe(
-        strategy=lambda **shell: Ditto(weighting=weighting, **shell),
+        strategy=partial(Ditto, weighting=weighting_of(config, "examples")),
         client="sgd",
         client_options={**local_sgd(config), "ditto_lambda": config.ditto_lambda},
     )

@@ -6,6 +6,7 @@ over the clients that answered. Differences from ``flwr.serverapp.strategy.FedAv
 sampling, roles, float64 accumulation, and integer arrays keep their value and dtype.
 """
 
+from functools import partial
 from typing import Any
 
 from ..config import RunConfig
@@ -38,9 +39,8 @@ def local_sgd(config: RunConfig) -> dict[str, object]:
 @STRATEGIES.register("fedavg")
 def recipe(config: RunConfig) -> Recipe:
     """Weighted mean of locally trained models; fine-tuned on the support set at evaluation."""
-    weighting = weighting_of(config, "examples")
     return Recipe(
-        strategy=lambda **shell: FedAvg(weighting=weighting, **shell),
+        strategy=partial(FedAvg, weighting=weighting_of(config, "examples")),
         client="sgd",
         client_options=local_sgd(config),
     )

@@ -1,7 +1,7 @@
 r"""FedMeta (Chen et al., 1802.07876) with MAML clients.
 
-    theta <- theta - Optimiser(sum_i q_i g_i),    g_i = grad_theta L_query(theta - alpha * grad
-    L_support(theta))
+    g_i   = grad_theta L_query(theta - alpha * grad L_support(theta))
+    theta <- theta - Optimiser(sum_i q_i g_i)
 
 The client replies w_i = theta - g_i (one meta-step of rate 1), so g_i = theta - w_i: a client that
 knows nothing of meta-learning and replies with its trained model works as well, its difference is
@@ -12,6 +12,7 @@ the rounds; rebuilding Adam in each round would turn each step into about beta *
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class FedMeta(RuleStrategy):
         self,
         *,
         optimizer: str | OptimizerFactory = "adam",
-        lr: float = 0.003,
+        lr: float = 0.01,
         weighting: Weighting = "uniform",
         **shell: Any,
     ) -> None:
@@ -68,10 +69,12 @@ def _factory(name: str, lr: float) -> OptimizerFactory:
 @STRATEGIES.register("fedmeta")
 def recipe(config: RunConfig) -> Recipe:
     """MAML across clients: meta-gradients of adaptation, averaged into a server optimiser."""
-    weighting = weighting_of(config, "uniform")
     return Recipe(
-        strategy=lambda **shell: FedMeta(
-            optimizer=config.server_optimizer, lr=config.outer_lr, weighting=weighting, **shell
+        strategy=partial(
+            FedMeta,
+            optimizer=config.server_optimizer,
+            lr=config.outer_lr or 0.01,
+            weighting=weighting_of(config, "uniform"),
         ),
         client="maml",
         client_options={

@@ -7,6 +7,7 @@ work too.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -46,10 +47,11 @@ class FedProx(FedAvg):
 @STRATEGIES.register("fedprox")
 def recipe(config: RunConfig) -> Recipe:
     """FedAvg with a proximal term that holds clients near the global model."""
-    weighting = weighting_of(config, "examples")
     return Recipe(
-        strategy=lambda **shell: FedProx(
-            proximal_mu=config.proximal_mu, weighting=weighting, **shell
+        strategy=partial(
+            FedProx,
+            proximal_mu=config.proximal_mu,
+            weighting=weighting_of(config, "examples"),
         ),
         client="sgd",
         client_options=local_sgd(config),

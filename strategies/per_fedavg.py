@@ -8,6 +8,7 @@ The server takes the uniform mean of the clients' models. ``order`` gives the pa
 "exact", "first" (FO, without H) and "hf".
 """
 
+from functools import partial
 from typing import Any
 
 from ..config import RunConfig
@@ -17,7 +18,7 @@ from .rules import Weighting
 
 
 class PerFedAvg(FedAvg):
-    """Take the uniform mean of models that took local meta-steps.
+    """Take the mean, uniform by default, of models that took local meta-steps.
 
     See ``FedAvg`` and ``RuleStrategy`` for the arguments.
     """
@@ -29,12 +30,11 @@ class PerFedAvg(FedAvg):
 @STRATEGIES.register("per-fedavg")
 def recipe(config: RunConfig) -> Recipe:
     """Local meta-steps with three independent batches each, then the mean of the models."""
-    weighting = weighting_of(config, "uniform")
     return Recipe(
-        strategy=lambda **shell: PerFedAvg(weighting=weighting, **shell),
+        strategy=partial(PerFedAvg, weighting=weighting_of(config, "uniform")),
         client="maml",
         client_options={
-            "outer_lr": config.local_lr,
+            "outer_lr": config.outer_lr or 0.1,
             "local_steps": config.local_steps,
             "inner_steps": config.inner_steps,
             "order": config.order,

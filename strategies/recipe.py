@@ -1,7 +1,4 @@
-"""What a strategy's registry name stands for.
-
-The server's strategy and its clients' local update, from one configuration.
-"""
+"""A registry name's meaning: the server's strategy and its clients' local update."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

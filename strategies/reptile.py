@@ -2,9 +2,10 @@ r"""Reptile, federated (Nichol et al., 1803.02999; FedReptile, 1909.12488).
 
     w <- w - epsilon * sum_i p_i (w - w_i)
 
-with w_i after local SGD. epsilon = 1 is FedAvg, to the bit.
+with w_i after local SGD. epsilon = 1 with weighting "examples" is FedAvg, to the bit.
 """
 
+from functools import partial
 from typing import Any
 
 from ..config import RunConfig
@@ -18,7 +19,7 @@ class Reptile(RuleStrategy):
     """Step from the global model towards the mean of locally trained ones.
 
     Args:
-        epsilon: length of the step, > 0; 1 is FedAvg.
+        epsilon: length of the step, > 0.
         weighting: "uniform" or "examples".
         shell: see ``RuleStrategy``.
 
@@ -35,10 +36,9 @@ class Reptile(RuleStrategy):
 @STRATEGIES.register("reptile")
 def recipe(config: RunConfig) -> Recipe:
     """Local SGD, then a step of length epsilon towards the clients' mean."""
-    weighting = weighting_of(config, "uniform")
     return Recipe(
-        strategy=lambda **shell: Reptile(
-            epsilon=config.reptile_epsilon, weighting=weighting, **shell
+        strategy=partial(
+            Reptile, epsilon=config.reptile_epsilon, weighting=weighting_of(config, "uniform")
         ),
         client="sgd",
         client_options=local_sgd(config),

@@ -11,7 +11,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ..wire import CLIENT_NAME, NUM_PARTITIONS, PARTITION_ID, PROPERTIES, ROLE, ROLL_CALL
+from ..wire import (
+    CLIENT_NAME,
+    DROPPED,
+    ERROR,
+    NUM_PARTITIONS,
+    PARTITION_ID,
+    PROPERTIES,
+    ROLE,
+    ROLL_CALL,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,8 @@ class Node:
     num_partitions: int = 0
     role: str | None = None
     client: str = ""
+    dropped: int = 0  # clients of its data set that were too small
+    error: str = ""  # why it cannot take part, in its own words
 
     @property
     def name(self) -> str:
@@ -44,26 +55,27 @@ class Node:
 def call_roll(
     grid: Grid, node_ids: Iterable[int], known: dict[int, Node], *, timeout_s: float
 ) -> dict[int, Node]:
-    """Return the nodes of ``node_ids``, asking those that are not ``known`` yet.
+    """Return the nodes of ``node_ids`` that answered, asking those that are not ``known`` yet.
 
-    Never raises for a node that cannot answer.
+    An error is an answer: that node's app knows no roll call. A node without an answer is left out,
+    to be asked again at the next call; it must not be taken for a training client meanwhile.
     """
     present = list(node_ids)
     new = [node_id for node_id in present if node_id not in known]
-    nodes = {node_id: known.get(node_id, Node(node_id)) for node_id in present}
+    nodes = {node_id: known[node_id] for node_id in present if node_id in known}
     if not new:
         return nodes
     question = RecordDict({"config": ConfigRecord()})
     messages = [
         Message(content=question, message_type=ROLL_CALL, dst_node_id=node_id) for node_id in new
     ]
-    answered = 0
     for reply in grid.send_and_receive(messages, timeout=timeout_s):
         node_id = reply.metadata.src_node_id
-        if reply.has_content() and node_id in nodes:
-            nodes[node_id] = _read(node_id, reply.content)
-            answered += 1
-    log(INFO, "roll call: %d of %d new nodes answered", answered, len(new))
+        if node_id in new:
+            known_app = reply.has_content()
+            nodes[node_id] = _read(node_id, reply.content) if known_app else Node(node_id)
+    silent = sum(node_id not in nodes for node_id in new)
+    log(INFO, "roll call: %d new nodes, %d without an answer", len(new), silent)
     return nodes
 
 
@@ -78,10 +90,14 @@ def _read(node_id: int, content: RecordDict) -> Node:
     total = said.get(NUM_PARTITIONS)
     role = said.get(ROLE)
     name = said.get(CLIENT_NAME)
+    error = said.get(ERROR)
+    dropped = said.get(DROPPED)
     return Node(
         node_id,
         partition_id=partition if isinstance(partition, int) else None,
         num_partitions=total if isinstance(total, int) else 0,
         role=role if isinstance(role, str) else None,
         client=name if isinstance(name, str) else "",
+        dropped=dropped if isinstance(dropped, int) else 0,
+        error=error if isinstance(error, str) else "",
     )

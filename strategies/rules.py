@@ -9,18 +9,21 @@ arrays (counters) are not averaged: the value that was sent stays.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MetabloomError, unknown_name
 from ..wire import NamedArrays
 
 Arrays = dict[str, np.ndarray]
 State = Mapping[str, Any]
 Weighting = Literal["uniform", "examples"]
 OptimizerFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+
+
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm, in clients that are not ours
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,26 @@ class Rule:
     update: Callable[[State, NamedArrays, Sequence[Reply]], tuple[State, Arrays]]
 
 
+def check_weighting(weighting: str) -> None:
+    """Raise ConfigError for a weighting that is neither "uniform" nor "examples"."""
+    if weighting not in get_args(Weighting):
+        raise unknown_name("weighting", weighting, get_args(Weighting))
+
+
 def weights_of(replies: Sequence[Reply], weighting: Weighting) -> np.ndarray:
-    """Return p, of sum 1 over the clients that answered: 1/n, or by ``num_examples``."""
+    """Return p, of sum 1 over the clients that answered: 1/n, or by ``num_examples``.
+
+    Raises:
+        MetabloomError: where ``num_examples`` are no weights, naming them.
+    """
     if weighting == "uniform":
         return np.full(len(replies), 1.0 / len(replies))
     counts = np.array([reply.num_examples for reply in replies], dtype=np.float64)
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+        raise MetabloomError(
+            f"num-examples of the replies are {counts.tolist()}: finite numbers >= 0, not all 0, "
+            "are needed; use weighting 'uniform' where clients do not count their records"
+        )
     shares: np.ndarray = counts / counts.sum()
     return shares
 
@@ -68,11 +86,12 @@ def weighted_mean(
 def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> Rule:
     """Return the rule w <- (1 - epsilon) w + epsilon * sum_i p_i w_i.
 
-    FedAvg at epsilon = 1, Reptile below.
+    epsilon = 1 is FedAvg; Reptile takes any.
 
     Raises:
-        ConfigError: where epsilon is not a finite number above 0.
+        ConfigError: where epsilon is not a finite number above 0, or the weighting is unknown.
     """
+    check_weighting(weighting)
     if not 0 < epsilon < np.inf:
         raise ConfigError(f"epsilon = {epsilon!r}: must be a finite number above 0")
 
@@ -98,15 +117,24 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
 
     The optimiser's state persists over the rounds. It computes in float64 whatever the arrays'
     dtype is: in float16, Adam's epsilon of 1e-8 is 0 and a gradient of 0 makes the model NaN.
+    Running statistics of BatchNorm take the mean: a step of Adam could make a variance negative.
 
     Args:
         factory: ``factory(parameters) -> torch.optim.Optimizer``; the parameters are float64.
         weighting: "uniform" or "examples".
+
+    Raises:
+        ConfigError: where the weighting is unknown.
     """
+    check_weighting(weighting)
 
     def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
         mean = weighted_mean(sent, replies, weighting)
-        floating = [n for n, value in sent.items() if np.issubdtype(value.dtype, np.floating)]
+        floating = [
+            name
+            for name, value in sent.items()
+            if np.issubdtype(value.dtype, np.floating) and not name.endswith(STATISTICS)
+        ]
         params = [torch.tensor(sent[name], dtype=torch.float64) for name in floating]
         for name, param in zip(floating, params, strict=True):
             param.requires_grad_().grad = param.detach() - torch.from_numpy(mean[name])
@@ -118,6 +146,7 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
             name: param.detach().numpy().astype(sent[name].dtype)
             for name, param in zip(floating, params, strict=True)
         }
-        return optimizer.state_dict(), {n: stepped.get(n, sent[n]) for n in sent}
+        averaged = {name: mean[name].astype(sent[name].dtype) for name in sent}
+        return optimizer.state_dict(), {name: stepped.get(name, averaged[name]) for name in sent}
 
     return Rule(init=lambda _: {}, update=update)

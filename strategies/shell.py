@@ -1,6 +1,4 @@
-"""The Flower shell that all strategies share.
-
-Roll call, seeded sampling, a pure rule, and evaluation apart by role.
+"""The shared Flower shell: roll call, seeded sampling, a pure rule, evaluation by role.
 
 ``RuleStrategy`` is a Flower FedAvg: it takes FedAvg's keyword arguments, runs under Flower's own
 ``Strategy.start`` loop and touches nothing but the Grid, so the same object works in the simulator,
@@ -24,59 +22,19 @@ from flwr.app import (
 )
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import FedAvg
 
 from ..errors import ConfigError, MetabloomError
 from ..streams import numpy_stream
 from ..wire import SERVER_ROUND, from_record, to_record
+from .reports import ClientScore, RoundReport, RunResult
 from .roll_call import Node, call_roll, expected_nodes
 from .rules import Reply, Rule, State
 
 POLL_S = 1.0
 GATHER_S = 30.0  # how long to wait for announced nodes that have not connected yet
-
-
-@dataclass(frozen=True)
-class ClientScore:
-    """The evaluation metrics of one client.
-
-    ``metrics`` as the client names them, ``num_examples`` query records.
-    """
-
-    client: str
-    partition_id: int | None
-    role: str
-    num_examples: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What one round did: who trained, failures, metrics, bytes of arrays down and up, seconds."""
-
-    round: int
-    clients: tuple[str, ...]
-    failures: tuple[tuple[str, str], ...]
-    train_metrics: dict[str, float]
-    validation: tuple[ClientScore, ...]
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-
-
-@dataclass
-class RunResult(Result):
-    """Flower's Result, and what the shell adds to it.
-
-    Attributes:
-        rounds: the report of each round.
-        unseen: the scores of the unseen clients under the final model.
-        clients: the number of nodes of each role.
-    """
-
-    rounds: list[RoundReport] = field(default_factory=list)
-    unseen: list[ClientScore] = field(default_factory=list)
-    clients: dict[str, int] = field(default_factory=dict)
+ROLL_CALL_S = 600.0  # for the first answers of nodes, which may load their data for it
+RETRY_S = 5.0  # for nodes that were silent before: they must not hold every round
 
 
 @dataclass
@@ -87,6 +45,7 @@ class _Round:
     sent: dict[str, Any] = field(default_factory=dict)
     started: float = 0.0
     clients: tuple[str, ...] = ()
+    asked: dict[int, str] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     train_metrics: dict[str, float] = field(default_factory=dict)
     bytes_down: int = 0
@@ -98,8 +57,8 @@ class RuleStrategy(FedAvg):
 
     Args:
         rule: how replies become the next global model.
-        seed: of node sampling, which also depends on the round, never on the order or the ids of
-            nodes.
+        seed: of node sampling, which also depends on the round; of nodes that answer the roll call
+            it depends on partitions, never on ids or their order.
         clients_per_round: training clients of a round; None: ``fraction_train`` and
             ``min_train_nodes`` decide.
         eval_every: validate every so many rounds; 0: never. The unseen clients are evaluated once,
@@ -110,6 +69,8 @@ class RuleStrategy(FedAvg):
     Raises:
         ConfigError: where a value is out of range, naming it.
     """
+
+    scores_training_clients = False  # after the last round: strategies with personal models
 
     def __init__(
         self,
@@ -138,6 +99,7 @@ class RuleStrategy(FedAvg):
         self._nodes: dict[int, Node] = {}
         self._timeout = 3600.0
         self._grace = GATHER_S
+        self._called: set[int] = set()
         self._round = _Round()
         self._reports: list[RoundReport] = []
 
@@ -166,18 +128,24 @@ class RuleStrategy(FedAvg):
         result = super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
-        failed = [failure for report in self._reports for failure in report.failures]
-        if not result.arrays and failed:
-            client, reason = failed[0]
+        if num_rounds and self.fraction_train and not result.arrays:
+            failures = [one for report in self._reports for one in report.failures]
+            client, reason = failures[0] if failures else ("nobody", "nothing")
             raise MetabloomError(f"no client answered in any round; {client} said: {reason}")
         arrays = result.arrays or initial_arrays
-        unseen = self._evaluate_unseen(grid, arrays, evaluate_config or ConfigRecord())
+        config = evaluate_config or ConfigRecord()
+        self._round = _Round(number=num_rounds)
+        unseen = self._final_scores(grid, arrays, config, "unseen")
+        trained = self.scores_training_clients
         roles = Counter(node.role or "train" for node in self._nodes.values())
         return RunResult(
             **{**vars(result), "arrays": arrays},
             rounds=list(self._reports),
             unseen=unseen,
+            trained=self._final_scores(grid, arrays, config, "train") if trained else [],
+            final_failures=tuple(self._round.failures),
             clients={role: roles[role] for role in ("train", "validation", "unseen")},
+            dropped=max((node.dropped for node in self._nodes.values()), default=0),
         )
 
     def summary(self) -> None:
@@ -209,10 +177,7 @@ class RuleStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the rule's next model and the aggregated metrics.
-
-        (None, None) where no client answered.
-        """
+        """Return the next model and the metrics, or (None, None) where no client answered."""
         good = self._good(replies, is_train=True)
         if not good:
             log(WARNING, "round %d: no client answered, the model stays as it is", server_round)
@@ -260,14 +225,12 @@ class RuleStrategy(FedAvg):
             self.on_round(report)
         return metrics
 
-    def _evaluate_unseen(
-        self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord
+    def _final_scores(
+        self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, role: str
     ) -> list[ClientScore]:
-        nodes = self._with_role("unseen")
-        if not nodes:
-            return []
+        nodes = [node for node in self._with_role(role) if node.role]
         messages = self._messages(arrays, config, nodes, MessageType.EVALUATE)
-        replies = grid.send_and_receive(messages, timeout=self._timeout)
+        replies = grid.send_and_receive(messages, timeout=self._timeout) if messages else []
         return [self._score(message) for message in self._good(replies, is_train=False)]
 
     # -- nodes -------------------------------------------------------------------------------------
@@ -279,23 +242,34 @@ class RuleStrategy(FedAvg):
         self._grace = 0.0  # once: announced nodes that never came must not hold every round
         while True:
             ids = list(grid.get_node_ids())
-            self._nodes = call_roll(grid, ids, self._nodes, timeout_s=self._timeout)
+            patience = RETRY_S if self._called.issuperset(ids) else ROLL_CALL_S
+            self._nodes = call_roll(grid, ids, self._nodes, timeout_s=min(self._timeout, patience))
+            self._called |= set(ids)
+            self._refuse_if_none_can()
             needed = max(self.min_available_nodes, 1)
-            if len(ids) >= max(needed, expected_nodes(self._nodes)):
+            if len(self._nodes) >= max(needed, expected_nodes(self._nodes)):
                 return
-            if len(ids) >= needed and time.monotonic() > grace:
+            if len(self._nodes) >= needed and time.monotonic() > grace:
                 return
             if time.monotonic() > deadline:
                 raise MetabloomError(
-                    f"{len(ids)} nodes are connected, {needed} are needed, and {self._timeout:g} s "
-                    "have passed: start more SuperNodes, or lower min_available_nodes"
+                    f"{len(ids)} nodes are connected, {len(self._nodes)} answered the roll call, "
+                    f"{needed} are needed, and {self._timeout:g} s have passed: "
+                    "start more SuperNodes, or lower min_available_nodes"
                 )
             time.sleep(POLL_S)
 
+    def _refuse_if_none_can(self) -> None:
+        faulty = [node for node in self._nodes.values() if node.error]
+        if faulty and len(faulty) == len(self._nodes):
+            first = min(faulty, key=lambda node: node.order)
+            raise MetabloomError(f"no node can take part; {first.name} says: {first.error}")
+
     def _with_role(self, role: str) -> list[Node]:
-        """Return the nodes of a role by partition; a node that never said its role trains."""
-        found = [node for node in self._nodes.values() if (node.role or "train") == role]
-        return sorted(found, key=lambda node: node.order)
+        """Return the nodes of a role by partition; where no node has a role, all of them train."""
+        usual = "" if any(node.role for node in self._nodes.values()) else "train"
+        found = [node for node in self._nodes.values() if (node.role or usual) == role]
+        return sorted((node for node in found if not node.error), key=lambda node: node.order)
 
     def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
         if size > len(nodes):
@@ -317,14 +291,20 @@ class RuleStrategy(FedAvg):
             }
         )
         self._round.bytes_down += _size(arrays) * len(nodes)
+        self._round.asked = {node.node_id: node.name for node in nodes}
         return list(self._construct_messages(record, [node.node_id for node in nodes], kind))
 
     def _good(self, replies: Iterable[Message], *, is_train: bool) -> list[Message]:
-        """Return the replies without an error, by partition; note the others."""
+        """Return the replies without an error, by partition; note the others and the missing."""
         good, bad = self._check_and_log_replies(list(replies), is_train=is_train)
         for message in bad:
-            name = self._node(message).name
-            self._round.failures.append((name, message.error.reason or "no reason given"))
+            reason = message.error.reason or "no reason given"
+            self._round.failures.append((self._node(message).name, reason))
+        answered = {message.metadata.src_node_id for message in (*good, *bad)}
+        for node_id, name in self._round.asked.items():
+            if node_id not in answered:
+                self._round.failures.append((name, f"no reply within {self._timeout:g} s"))
+        self._round.asked = {}
         return sorted(good, key=lambda message: self._node(message).order)
 
     def _node(self, message: Message) -> Node:

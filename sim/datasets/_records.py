@@ -130,4 +130,7 @@ class Split:
     def remedy(self) -> str:
         """Return in words what to change where no client is large enough."""
         names = "shots or query_shots" if self.shots else "support_size or query_size"
-        return f"lower {names}, or ask for fewer and so larger clients (num_clients)"
+        return (
+            f"lower {names}, or make larger clients (where the data set makes them itself, a "
+            "smaller num_clients does)"
+        )

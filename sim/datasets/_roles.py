@@ -1,6 +1,6 @@
 """Choice of clients and of their roles, by the clients' identities and never by their order."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 from ...errors import DataError
@@ -20,6 +20,17 @@ def role_sizes(num_clients: int) -> dict[Role, int]:
     return {"train": num_clients - 2 * tenth, "validation": tenth, "unseen": tenth}
 
 
+def check_roles(name: str, clients: Iterable[str], roles: Mapping[str, Role]) -> None:
+    """Raise DataError for a client of data set ``name`` whose role is missing or not known."""
+    for key in clients:
+        if roles.get(key) not in ROLES:
+            found = f"role {roles[key]!r}" if key in roles else "no role"
+            raise DataError(
+                f"client {key!r} of {name!r} has {found} in roles: give every client one of "
+                f"{', '.join(map(repr, ROLES))}, or leave roles out for a seeded 80/10/10 split"
+            )
+
+
 def choose(
     name: str, alive: list[str], num_clients: int, seed: int, roles: Mapping[str, Role] | None
 ) -> list[str]:
@@ -27,11 +38,12 @@ def choose(
     wanted = num_clients or len(alive)
     if not wanted >= 3:
         raise DataError(
-            f"data set {name!r} with {wanted} clients: at least 3 are needed, one each to train "
-            f"on, to validate on and unseen in training; {len(alive)} are large enough"
+            f"data set {name!r}, number of clients or nodes = {wanted}: at least 3 clients/nodes "
+            "are needed: one each for train, validation, unseen. Set num_clients to at least 3 and "
+            f"start as many nodes; {len(alive)} clients are large enough for the split"
         )
     pools: list[tuple[str, list[str], int]] = [("", alive, wanted)]
-    if roles and num_clients:
+    if roles is not None and num_clients:
         sizes = role_sizes(num_clients)
         pools = [(f"{r} ", [k for k in alive if roles[k] == r], sizes[r]) for r in ROLES]
     chosen: list[str] = []
@@ -46,6 +58,7 @@ def choose(
 
 
 def seeded_roles(chosen: list[str], seed: int) -> dict[str, Role]:
+    """Return the role of each client: ``role_sizes`` of them, in an order drawn from ``seed``."""
     order = sorted(chosen, key=lambda key: stream_seed(seed, "role", key))
     sizes = role_sizes(len(order))
     names = [role for role in ROLES for _ in range(sizes[role])]

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ...clients.data import Batch
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ._records import Records
 
 RecordsLike = Records | tuple[Any, Any]
+InputDtype = Literal["float32", "int64"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,42 @@ class DataSpec:
         model: registry name of the usual model.
         model_options: options of that model.
         input_dtype: "float32", or "int64" for characters (ids in [0, num_classes)).
+
+    Raises:
+        ConfigError: a shape without sizes of at least 1, fewer than 2 classes, another dtype.
+
+    >>> DataSpec(input_shape=[28, 28], num_classes=10, model="mlp").input_shape
+    (28, 28)
     """
 
     input_shape: tuple[int, ...]
     num_classes: int
     model: str
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    input_dtype: Literal["float32", "int64"] = "float32"
+    input_dtype: InputDtype = "float32"
+
+    def __post_init__(self) -> None:
+        given: object = self.input_shape
+        shape = tuple(given) if isinstance(given, tuple | list) else ()
+        if not (shape and all(_is_count(size, low=1) for size in shape)):
+            raise ConfigError(
+                f"input_shape = {given!r}: must be one input's shape, a tuple of whole numbers of "
+                "at least 1 without the batch, e.g. (1, 28, 28)"
+            )
+        if not _is_count(self.num_classes, low=2):
+            raise ConfigError(
+                f"num_classes = {self.num_classes!r}: must be a whole number of at least 2, "
+                "since targets are classes"
+            )
+        if self.input_dtype not in get_args(InputDtype):
+            raise ConfigError(
+                f"input_dtype = {self.input_dtype!r}: must be 'float32', or 'int64' for characters"
+            )
+        object.__setattr__(self, "input_shape", tuple(int(size) for size in shape))
+
+
+def _is_count(value: object, *, low: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= low
 
 
 def as_records(name: str, spec: DataSpec, key: str, given: RecordsLike) -> Records:

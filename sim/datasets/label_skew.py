@@ -4,6 +4,7 @@ The divisions are flwr_datasets' own: Dirichlet (Hsu, Qi, Brown 2019), pathologi
 of classes each; McMahan et al. 2017) and iid.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from ...streams import numpy_stream, stream_seed
 from ..federation import register_dataset
-from ._partition import partition_rows
+from ._partition import divide
 from ._records import Records, Split
 from ._spec import DataSpec
 from ._torchvision import VisionSet, train_images
@@ -46,14 +47,19 @@ def register_vision_set(name: str, source: VisionSet) -> None:
         chosen = numpy_stream(seed, name, "limit").permutation(len(labels))[: limit or len(labels)]
         if partition != "iid":
             chosen = np.sort(chosen)  # iid cuts the rows in their order: there the order is random
-        partitioner = _partitioner(
-            partition,
-            num_clients or DEFAULT_CLIENTS,
-            alpha,
-            classes_per_client,
-            stream_seed(seed, name, "partition"),
+        parts = divide(
+            name,
+            partial(
+                _partitioner,
+                partition=partition,
+                alpha=alpha,
+                classes=classes_per_client,
+                seed=stream_seed(seed, name, "partition"),
+            ),
+            labels[chosen],
+            num_clients=num_clients or DEFAULT_CLIENTS,
+            remedy="use more images (limit)" if limit else "",
         )
-        parts = partition_rows(name, partitioner, labels[chosen])
         return {
             f"client-{number:03d}": Records.of_rows(images, labels, chosen[part])
             for number, part in enumerate(parts)
@@ -61,7 +67,7 @@ def register_vision_set(name: str, source: VisionSet) -> None:
 
 
 def _partitioner(
-    partition: Partition, num_clients: int, alpha: float, classes: int, seed: int
+    num_clients: int, *, partition: Partition, alpha: float, classes: int, seed: int
 ) -> Any:
     from flwr_datasets import partitioner as kinds
 

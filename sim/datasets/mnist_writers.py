@@ -30,9 +30,7 @@ def mnist_writers(*, root: Path, download: bool) -> dict[str, Records]:
 
     images, labels = train_images("mnist-writers", MNIST, root=root, download=download)
     writers = _writers(root, download, labels)
-    parts = partition_rows(
-        "mnist-writers", NaturalIdPartitioner("writer"), writers, column="writer"
-    )
+    parts = partition_rows(NaturalIdPartitioner("writer"), writers, column="writer")
     return {
         f"writer-{writers[rows[0]]:04d}": Records.of_rows(images, labels, rows) for rows in parts
     }

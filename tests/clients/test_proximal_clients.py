@@ -29,6 +29,8 @@ def test_the_server_s_proximal_mu_takes_the_place_of_the_client_s():
     sent = {"proximal-mu": 2.0}
     assert same(fit(SGDClient, config=sent, **options)[0], own)
     assert same(fit(SGDClient, config=sent, proximal_mu=0.5, **options)[0], own)
+    legacy = {"proximal_mu": 2.0}  # the key of Flower's legacy FedProx
+    assert same(fit(SGDClient, config=legacy, proximal_mu=0.5, **options)[0], own)
     off = {"proximal-mu": 0.0}
     assert same(fit(SGDClient, config=off, proximal_mu=2.0, **options)[0], plain)
 

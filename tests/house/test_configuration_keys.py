@@ -73,7 +73,7 @@ def allowed(schema: Mapping[str, Any]) -> str:
 def page() -> str:
     rows = []
     schemas = RunConfig.model_json_schema(by_alias=True)["properties"]
-    for key, default in RunConfig.keys().items():
+    for key, default in RunConfig.defaults().items():
         shown = f"`{toml_value(default).strip(chr(34))}`" if default != "" else "(empty)"
         cells = (f"`{key}`", shown, allowed(schemas[key]), schemas[key].get("description", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
@@ -83,7 +83,7 @@ def page() -> str:
 def with_section(project: str) -> str:
     """Return the text of pyproject.toml with its section of keys written anew."""
     before, rest = project.split(SECTION)
-    lines = [f"{key} = {toml_value(value)}\n" for key, value in RunConfig.keys().items()]
+    lines = [f"{key} = {toml_value(value)}\n" for key, value in RunConfig.defaults().items()]
     return before + SECTION + "".join(lines) + rest[rest.index("\n[") :]
 
 
@@ -96,7 +96,7 @@ def rewritten() -> None:
 
 def test_pyproject_declares_every_configuration_key_with_its_default():
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
-    todo = disagreements(flat(project["tool"]["flwr"]["app"]["config"]), RunConfig.keys())
+    todo = disagreements(flat(project["tool"]["flwr"]["app"]["config"]), RunConfig.defaults())
     assert not todo, f"in pyproject.toml, {SECTION}" + "\n".join([*todo, "(or `make docs`)"])
 
 

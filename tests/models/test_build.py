@@ -33,13 +33,13 @@ def test_an_unknown_option_is_refused_with_its_value_the_nearest_and_the_known()
     with pytest.raises(ConfigError) as caught:
         build_model("mlp", input_shape=(4,), num_classes=2, seed=0, hiden=64)
     assert str(caught.value) == (
-        "model 'mlp' has no option hiden (= 64) (did you mean 'hidden'?); "
-        "its options: activation, hidden"
+        "model 'mlp' has no option hiden (= 64): did you mean 'hidden'? "
+        "Its options: activation, hidden"
     )
 
 
 def test_an_option_of_a_model_that_has_none_is_refused():
-    with pytest.raises(ConfigError, match="it has no options"):
+    with pytest.raises(ConfigError, match=r"\(= 3\): It has no options"):
         build_model("resnet18", input_shape=(1, 8, 8), num_classes=2, seed=0, width=3)
 
 
@@ -70,7 +70,7 @@ def test_a_bad_value_is_refused_with_its_option_and_the_known(name, shape, optio
     assert f"model {name!r}" in message
     assert f"option {option}" in message
     assert str(value) in message
-    assert "its options: " in message
+    assert "Its options: " in message
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1, -2), (1.5,), (True,), "28", 28])

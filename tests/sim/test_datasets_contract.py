@@ -77,6 +77,13 @@ def test_images_lie_between_0_and_1_and_use_the_range(name, small_data):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_split_is_fixed_where_the_data_and_not_chance_decide_it(name, small_data):
+    data = load(name, small_data).client(0)
+    assert data.fixed_split == (name in ("shakespeare", "heart-disease"))
+    assert data.to("cpu").fixed_split == data.fixed_split
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_role_has_a_client_and_ids_are_sorted_and_unique(name, small_data):
     federation = load(name, small_data)
     assert list(federation.client_ids) == sorted(set(federation.client_ids))

@@ -1,20 +1,17 @@
 """Each data set's own promises, on tiny synthetic files; and the embedded digits."""
 
-from collections import Counter
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from metabloom.errors import ConfigError, DataError, MissingDataError
-from metabloom.sim import DATASETS, dataset_spec, load_federation
+from metabloom.sim import dataset_spec, load_federation
 from metabloom.sim.datasets import shakespeare
 from metabloom.sim.datasets.heart_disease import encode
 
 from .synthetic_data import WRITERS, install_fakes, write_omniglot, write_writers
-
-DOCS = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
 def everything(federation) -> torch.Tensor:
@@ -70,6 +67,28 @@ def test_digits_drops_and_counts_clients_with_too_few_of_a_class():
     assert len(some) + some.dropped == 60
     with pytest.raises(DataError, match="rarest class"):
         load_federation("digits", shots=100)
+
+
+@pytest.mark.parametrize("ways", [2, 5])
+def test_digits_with_too_many_clients_names_the_number_and_the_largest_that_drops_none(ways):
+    with pytest.raises(DataError) as caught:
+        load_federation("digits", num_clients=5000, ways=ways)
+    message = str(caught.value)
+    assert "'digits' with num_clients = 5000" in message
+    assert "limit" not in message  # an option that digits does not have
+    assert ("lower ways" in message) == (ways > 2)  # 2 is the lowest
+    largest = int(re.search(r"largest number that works, .* is (\d+)", message)[1])
+    assert load_federation("digits", num_clients=largest, ways=ways).dropped == 0
+    assert load_federation("digits", num_clients=largest + 1, ways=ways).dropped > 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_digits_with_fewer_than_three_clients_names_the_number_and_the_remedy(count):
+    with pytest.raises(DataError) as caught:
+        load_federation("digits", num_clients=count)
+    assert f"number of clients or nodes = {count}: at least 3 clients/nodes" in str(caught.value)
+    assert "one each for train, validation, unseen" in str(caught.value)
+    assert "Set num_clients to at least 3" in str(caught.value)
 
 
 def test_digits_with_few_clients_leaves_classes_out_without_a_warning():
@@ -210,8 +229,22 @@ def test_label_skew_drops_clients_that_dirichlet_left_almost_empty(small_data):
 
 
 def test_more_clients_than_images_is_a_data_error(small_data):
-    with pytest.raises(DataError, match="cannot be divided by DirichletPartitioner"):
+    told = r"num_clients = 700: its 600 images are too few.*is 300: lower num_clients$"
+    with pytest.raises(DataError, match=told):
         load_federation("mnist", root=small_data, num_clients=700)
+    assert len(load_federation("mnist", root=small_data, num_clients=300, alpha=100)) >= 3
+    with pytest.raises(
+        DataError, match=r"its 40 images .*is 20: lower num_clients or use more images \(limit\)"
+    ):
+        load_federation("mnist", root=small_data, num_clients=700, limit=40)
+
+
+def test_labels_that_no_number_of_clients_can_divide_say_why(small_data):
+    options = {"partition": "pathological", "classes_per_client": 9, "limit": 8}
+    with pytest.raises(
+        DataError, match=r"No number works \(.*num_classes_per_partition.*\): use more"
+    ):
+        load_federation("mnist", root=small_data, num_clients=4, **options)
 
 
 # shakespeare
@@ -330,7 +363,7 @@ def test_a_hub_that_does_not_answer_is_missing_data(small_data, monkeypatch):
         load_federation("femnist", root=small_data, download=True)
 
 
-# downloads, and data sets of a user's own
+# downloads
 
 
 def test_download_asks_torchvision_for_what_is_missing(tmp_path, monkeypatch):
@@ -351,25 +384,3 @@ def test_download_asks_torchvision_for_what_is_missing(tmp_path, monkeypatch):
         str(tmp_path / n) for n in ("mnist", "cifar10", "omniglot")
     ]
     assert all(options["download"] for _, options in asked)
-
-
-def test_the_block_in_the_docs_that_registers_a_data_set_works(monkeypatch):
-    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
-    text = DOCS.read_text(encoding="utf-8")
-    block = text.split("<!-- run by a test -->\n```python\n")[1].split("```")[0]
-    assert len(block.strip().splitlines()) < 15
-    exec(block, {})
-    federation = load_federation("two-moons", noise=0.2, num_clients=10, support_size=5)
-    assert len(federation) == 10
-    assert federation.client(0).support[0].shape == (5, 2)
-    assert dataset_spec("two-moons").num_classes == 2
-    assert Counter(federation.roles) == {"train": 8, "validation": 1, "unseen": 1}
-    with pytest.raises(ConfigError, match="did you mean 'noise'"):
-        load_federation("two-moons", noize=0.2)
-
-
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "two-moons"])
-def test_the_docs_name_every_data_set_and_each_of_its_options(name):
-    text = DOCS.read_text(encoding="utf-8")
-    for word in (name, *DATASETS[name].options()):
-        assert f"`{word}`" in text, word

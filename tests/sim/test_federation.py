@@ -38,6 +38,56 @@ def test_fewer_than_three_clients_are_refused():
         make(20, num_clients=2)
 
 
+def test_a_client_without_a_role_or_with_an_unknown_one_is_named_with_the_remedy():
+    roles = dict.fromkeys(records(20), "train")
+    for wrong, words in (
+        ({"c007": "test"}, "client 'c007' of 'toy' has role 'test' in roles"),
+        ({"c008": "", "c009": "eval"}, "client 'c008' of 'toy' has role ''"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            make(20, roles={**roles, **wrong})
+        assert "'train', 'validation', 'unseen', or leave roles out" in str(caught.value)
+    del roles["c003"]
+    for given in (roles, {}):
+        with pytest.raises(DataError, match=r"client 'c00[03]' of 'toy' has no role in roles"):
+            make(20, roles=given)
+
+
+def test_records_with_their_own_support_have_a_fixed_split_and_others_have_not():
+    own = Records(np.arange(6) % 2, lambda: np.arange(6.0)[:, None], support_rows=4)
+    federation = federate("toy", SPEC, records(3) | {"own": own}, seed=0)
+    fixed = [federation.client(i).fixed_split for i in range(4)]
+    assert dict(zip(federation.client_ids, fixed, strict=True)) == {
+        "c000": False, "c001": False, "c002": False, "own": True,
+    }  # fmt: skip
+    assert federation.client(3).support[0].flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_a_shape_written_as_a_list_is_the_same_spec():
+    spec = DataSpec([1], 10, "mlp")
+    assert spec == SPEC
+    assert spec.input_shape == (1,)
+    assert len(federate("toy", spec, records(3), seed=0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"input_shape": ()}, r"input_shape = \(\): must be one input's shape"),
+        ({"input_shape": (1, 0)}, r"input_shape = \(1, 0\)"),
+        ({"input_shape": (2.5,)}, r"input_shape = \(2\.5,\)"),
+        ({"input_shape": 28}, "input_shape = 28"),
+        ({"num_classes": 1}, "num_classes = 1: must be a whole number of at least 2"),
+        ({"num_classes": True}, "num_classes = True"),
+        ({"num_classes": 2.0}, r"num_classes = 2\.0"),
+        ({"input_dtype": "float64"}, "input_dtype = 'float64'"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused_by_value(wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        DataSpec(**{"input_shape": (1,), "num_classes": 2, "model": "mlp", **wrong})
+
+
 def test_more_clients_than_there_are_is_refused_with_both_numbers():
     with pytest.raises(DataError, match="needs 21 clients, but 20 are large enough"):
         make(20, num_clients=21)

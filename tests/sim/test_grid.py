@@ -1,5 +1,7 @@
 """The in-process Grid keeps what Flower's own grids promise."""
 
+import copy
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -91,6 +93,39 @@ def test_the_context_of_a_node_lasts_and_is_its_own():
     first, second = grid.get_node_ids()
     counts = [ask(grid, [node])[0].content["count"]["n"] for node in (first, first, second, first)]
     assert counts == [1, 2, 1, 3]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_client_writes_into_its_state_is_kept_only_where_it_succeeds(fails):
+    def train(message: Message, context: Context) -> Message:
+        if "number" not in context.state:  # the first message
+            context.state["number"] = ConfigRecord({"n": 1, "list": [1]})
+            context.state["arrays"] = ArrayRecord([np.ones(2)])
+        else:
+            context.state["number"]["n"] = 2
+            context.state["number"]["list"].append(2)
+            context.state["arrays"]["0"] = ArrayRecord([np.zeros(2)])["0"]
+            context.state["new"] = ConfigRecord()
+            if fails:
+                raise ValueError("after it wrote")
+        return Message(RecordDict(), reply_to=message)
+
+    states = []
+
+    def spy(message: Message, context: Context) -> Message:
+        number = context.state.config_records.get("number")
+        arrays = context.state.array_records.get("arrays")
+        total = arrays and float(arrays["0"].numpy().sum())
+        states.append((sorted(context.state), number and copy.deepcopy(dict(number)), total))
+        return train(message, context)
+
+    grid = CohortGrid(app_of(spy), num_nodes=1)
+    (node,) = grid.get_node_ids()
+    replies = [ask(grid, [node])[0] for _ in range(3)]
+    assert [reply.has_error() for reply in replies] == [False, fails, fails]
+    before = (["arrays", "number"], {"n": 1, "list": [1]}, 2.0)
+    after = (["arrays", "new", "number"], {"n": 2, "list": [1, 2]}, 0.0)
+    assert states == [([], None, None), before, before if fails else after]
 
 
 def test_clients_find_the_run_config_and_cannot_change_each_others():

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError
-from metabloom.sim.report import render_report
+from metabloom.sim.report import PAGE, render_report
 from metabloom.sim.results import results_of, write_results
 from metabloom.strategies import ClientScore, RoundReport, RunResult
 from metabloom.wire import to_record
@@ -79,6 +79,75 @@ def test_unseen_accuracies_are_macro_averages_whatever_the_clients_sizes():
     assert unseen["loss_after"] == {"1": pytest.approx(0.5), "3": pytest.approx(0.25)}
     assert [one["client"] for one in unseen["per_client"]] == ["x", "<b>y</b> é"]
     assert [one["num_examples"] for one in unseen["per_client"]] == [1, 99]
+
+
+def test_failures_of_rounds_and_of_unseen_clients_are_counted_and_the_report_tells_the_first():
+    told = result()
+    told.final_failures = (("z", "ValueError: <i>no</i> records"),)
+    told.dropped = 7
+    data = results_of(CONFIG, told)
+    assert data["failures"] == 3
+    assert data["dropped"] == 7
+    assert data["unseen"]["failures"] == [
+        {"client": "z", "reason": "ValueError: <i>no</i> records"}
+    ]
+    page = render_report(data)
+    assert "<td>round 1, b</td><td>ValueError: &lt;script&gt;alert(1)" in page
+    assert "<td>unseen clients, z</td><td>ValueError: &lt;i&gt;no&lt;/i&gt; records</td>" in page
+    assert "<td>left out, too small for the split</td><td>7</td>" in page
+    assert "more, in results.json" not in page
+
+
+def test_the_report_tells_five_failures_and_how_many_more_there_are_and_none_where_there_are_none():
+    told = result()
+    told.rounds = [report(n) for n in range(1, 9)]
+    page = render_report(results_of(CONFIG, told))
+    assert [f"round {n}, b" in page for n in (1, 5, 6)] == [True, True, False]
+    assert "And 3 more, in results.json." in page
+    told.rounds = [report(1, failures=())]
+    data = results_of(CONFIG, told)
+    assert "Failed replies" not in render_report(data)
+    assert data["dropped"] == 0
+    assert "left out" not in render_report(data)
+    del data["unseen"]["failures"]  # results of an earlier version
+    assert "Failed replies" not in render_report(data)
+
+
+def test_metrics_that_a_client_lacks_have_no_mean_and_the_report_goes_without():
+    def losses_only(client: str, role: str) -> ClientScore:
+        one = score(client, role, 0.5)
+        kept = {name: value for name, value in one.metrics.items() if name.startswith("loss")}
+        return ClientScore(client, 0, role, 10, kept)
+
+    told = result()
+    told.unseen = [losses_only("x", "unseen"), losses_only("y", "unseen")]
+    told.rounds = [report(1, (losses_only("v", "validation"),))]
+    data = results_of(CONFIG, told)
+    assert data["unseen"]["accuracy_before"] is None
+    assert data["unseen"]["accuracy_after"] == {"1": None, "3": None}
+    assert data["unseen"]["loss_before"] == 1.0
+    page = render_report(data)
+    assert "The clients report no accuracy" in page
+    assert "The validation clients report no accuracy" in page
+    told.unseen = [losses_only("x", "unseen"), score("y", "unseen", 0.4)]
+    data = results_of(CONFIG, told)
+    assert data["unseen"]["accuracy_before"] is None  # not the mean of the one that has it
+    assert data["unseen"]["loss_before"] == 1.0
+    assert "Plotly.newPlot(" in render_report(data)
+
+
+def test_the_report_draws_its_progress_where_there_is_no_unseen_client():
+    told = result()
+    told.unseen = []
+    page = render_report(results_of(CONFIG, told))
+    assert page.count("Plotly.newPlot(") == 1
+    assert page.index("plotly.js v") < page.index("Plotly.newPlot(")
+
+
+def test_the_page_has_one_css_rule_and_one_element_a_line():
+    lines = PAGE.splitlines()
+    assert all(line.count("{{") <= 1 and line.count("}}") == line.count("{{") for line in lines)
+    assert all(len(re.findall(r"<[a-z]", line)) <= 1 for line in lines)
 
 
 def test_the_history_tells_each_round():
@@ -165,3 +234,12 @@ def test_the_report_shows_the_figures_and_escapes_what_users_name():
     assert "<img src=x>" not in page
     assert "&lt;img src=x&gt; &amp; more" in page
     assert "<b>y</b>" not in page.replace("\\u003cb\\u003ey\\u003c\\u002fb\\u003e", "")
+
+
+def test_personal_models_of_training_clients_are_told_apart_from_the_unseen():
+    told = result()
+    told.trained = [score("t", "train", 0.9)]
+    data = results_of(CONFIG, told)
+    assert [one["client"] for one in data["trained"]["per_client"]] == ["t"]
+    assert [one["client"] for one in data["unseen"]["per_client"]] == ["x", "<b>y</b> é"]
+    assert "trained" not in results_of(CONFIG, result())

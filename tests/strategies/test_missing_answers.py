@@ -1,0 +1,151 @@
+"""What nodes do not say, say too late or say wrong is noted by name, never trained on."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from metabloom import strategies
+from metabloom.errors import ConfigError, MetabloomError
+from metabloom.sim import CohortGrid
+from metabloom.strategies import FedAvg, FedMeta, Reply, interpolate, server_optimizer, shell
+from tests.strategies.toy import Toy, model, start, strategy_of
+
+ROLES = ("train", "unseen", "train", "validation", "train")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "POLL_S", 0.01)
+    monkeypatch.setattr(shell, "GATHER_S", 0.05)
+
+
+def losing(lose: Callable[[Message, int], bool]) -> type[CohortGrid]:
+    """Return a grid that loses the replies for which ``lose(reply, its number)`` holds."""
+
+    class LossyGrid(CohortGrid):
+        seen = 0
+
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None):
+            kept = []
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                if not lose(reply, self.seen):
+                    kept.append(reply)
+                self.seen += 1
+            return kept
+
+    return LossyGrid
+
+
+def is_roll_call(reply: Message) -> bool:
+    return reply.metadata.message_type == "query.roll_call"
+
+
+def test_a_node_whose_roll_call_answer_was_lost_does_not_train_and_is_asked_again() -> None:
+    toy = Toy(roles=ROLES)
+    lost_first = losing(lambda reply, n: is_roll_call(reply) and n < 5 and _is(reply, 1))
+    result = start(strategy_of("fedavg"), toy, grid=lost_first)
+    assert set(toy.partitions("train")) == {0, 2, 4}
+    assert toy.roll_calls.count(1) == 2
+    assert [score.client for score in result.unseen] == ["c1"]
+
+
+def _is(reply: Message, partition: int) -> bool:
+    said = reply.content.config_records.get("properties", {})
+    return said.get("partition-id") == partition
+
+
+def test_lost_training_replies_are_failures_of_their_clients() -> None:
+    toy = Toy(roles=ROLES)
+    lost = losing(
+        lambda reply, n: (
+            reply.metadata.message_type == "train" and reply.content["metrics"]["num-examples"] == 3
+        )
+    )
+    result = start(strategy_of("fedavg"), toy, grid=lost)
+    assert [report.failures for report in result.rounds] == [(("c2", "no reply within 5 s"),)] * 2
+
+
+def test_a_run_in_which_every_training_reply_was_lost_is_no_success() -> None:
+    lost = losing(lambda reply, n: reply.metadata.message_type == "train")
+    with pytest.raises(MetabloomError, match=r"no client answered .* c0 said: no reply within 5 s"):
+        start(strategy_of("fedavg"), Toy(roles=ROLES), grid=lost)
+
+
+def test_failures_of_unseen_clients_are_kept_with_their_reasons() -> None:
+    toy = Toy(roles=ROLES, fails=lambda partition, number: "no disk" if partition == 1 else "")
+    result = start(strategy_of("fedavg"), toy)
+    assert result.unseen == []
+    ((client, reason),) = result.final_failures
+    assert client == "c1"
+    assert "no disk" in reason
+
+
+def test_a_node_that_says_why_it_cannot_take_part_is_left_out() -> None:
+    toy = Faulty(roles=ROLES, faulty={2})
+    start(strategy_of("fedavg"), toy)
+    assert set(toy.partitions("train")) == {0, 4}
+
+
+def test_where_no_node_can_take_part_the_run_ends_with_the_first_reason_before_any_round() -> None:
+    toy = Faulty(roles=ROLES, faulty={0, 1, 2, 3, 4})
+    with pytest.raises(MetabloomError, match="no node can take part; c0 says: data are missing"):
+        start(strategy_of("fedavg"), toy)
+    assert toy.asked == []
+
+
+class Faulty(Toy):
+    """Nodes of which some say at the roll call that their data are missing."""
+
+    def __init__(self, roles: tuple[str, ...], faulty: set[int]) -> None:
+        super().__init__(roles=roles)
+        self.faulty = faulty
+
+    def _answer_roll_call(self, message, context):
+        reply = super()._answer_roll_call(message, context)
+        if context.node_config["partition-id"] in self.faulty:
+            reply.content["properties"]["error"] = "data are missing"
+        return reply
+
+
+def test_ditto_scores_its_training_clients_after_the_last_round_and_others_do_not() -> None:
+    result = start(strategy_of("ditto"), Toy(roles=ROLES))
+    assert [score.client for score in result.trained] == ["c0", "c2", "c4"]
+    assert start(strategy_of("fedavg"), Toy(roles=ROLES)).trained == []
+
+
+@pytest.mark.parametrize("counts", [[0.0, 0.0], [-1.0, 3.0], [np.nan, 1.0], [np.inf, 1.0]])
+def test_numbers_of_examples_that_are_no_weights_are_refused_with_their_values(counts) -> None:
+    rule = interpolate(weighting="examples")
+    replies = [Reply(model(), count) for count in counts]
+    with pytest.raises(MetabloomError, match="num-examples of the replies are"):
+        rule.update({}, model(), replies)
+
+
+@pytest.mark.parametrize("make", [FedAvg, FedMeta])
+def test_an_unknown_weighting_is_refused_with_the_nearest(make) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'examples'"):
+        make(weighting="exmaples")
+
+
+def test_running_statistics_take_the_mean_and_never_an_optimisers_step() -> None:
+    import torch
+
+    sent = {"bn.running_var": np.array([1.0], np.float32), "w": np.array([1.0], np.float32)}
+    answered = {name: np.array([0.05], np.float32) for name in sent}
+    rule = server_optimizer(lambda params: torch.optim.Adam(params, lr=0.1))
+    state, arrays = rule.init(sent), sent
+    for _ in range(15):
+        state, arrays = rule.update(state, arrays, [Reply(answered, 1.0)])
+    assert arrays["bn.running_var"] == pytest.approx(0.05)
+    assert arrays["w"] < 0  # Adam overshoots, as it may for a weight
+
+
+def test_every_strategy_class_of_the_package_is_exported() -> None:
+    subclasses = strategies.RuleStrategy.__subclasses__()
+    for cls in subclasses:
+        subclasses += cls.__subclasses__()
+    ours = {cls.__name__ for cls in subclasses if cls.__module__.startswith(strategies.__name__)}
+    assert ours <= set(strategies.__all__)
+    assert len(ours) == len(strategies.STRATEGIES)
