@@ -11,7 +11,7 @@ from metabloom.client_app import app as client_app
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, MetabloomError
 from metabloom.server_app import run
-from metabloom.sim import CohortGrid
+from metabloom.sim import DATASETS, CohortGrid
 from metabloom.strategies import STRATEGIES
 from metabloom.task import federation_of, idle_keys, recipe_of
 
@@ -32,6 +32,7 @@ def test_a_plugins_data_set_runs_under_its_name(
 ) -> None:
     (tmp_path / "my_blobs.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))  # gone after this test
     arguments = ["--dataset", "blobs-of-a-plugin", "--set", "plugins=my_blobs", "--set", "rounds=2"]
     result = CliRunner().invoke(
         command_line, ["simulate", *arguments, "--out", str(tmp_path)], catch_exceptions=False

@@ -156,7 +156,7 @@ WRONG = {
         ["/nowhere/data", "data-root"],
     ),
     "support larger than the client": (["dataset-args=shots=100"], ["shots = 100", "lower shots"]),
-    "more clients than data": (["num-clients=100000"], ["'digits'", "fewer clients (num_clients)"]),
+    "more clients than data": (["num-clients=100000"], ["'digits'", "lower num_clients"]),
     "too few clients": (["num-clients=2"], ["2", "at least 3"]),
     "model that does not fit": (["model=narrow-for-tests"], ["4", "5"]),
     "malformed data set options": (["dataset-args=ways"], ["dataset-args = 'ways'", "name=value"]),
