@@ -51,10 +51,9 @@ check: $(READY) ## lint, format and types
 docs: $(READY) ## write RunConfig's keys into pyproject.toml and docs/configuration.md
 	@METABLOOM_REWRITE=1 $(BIN)/python -m pytest -q tests/house/test_configuration_keys.py
 
-scoreboard: $(READY) ## run each benchmark in benchmarks/ and print its table
-	@found=0; for script in benchmarks/[!_]*.py; do test -f "$$script" || continue; \
-	  found=1; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done; \
-	test $$found = 1 || { echo "no benchmark lies in benchmarks/ yet" >&2; exit 1; }
+scoreboard: $(READY) ## run the benchmarks (hours) on the data sets of METABLOOM_DATA, else ./data
+	@$(BIN)/python benchmarks/omniglot.py --model mlp
+	@$(BIN)/python benchmarks/omniglot.py --model conv4
 
 build: $(READY) ## wheel, source archive and Flower app bundle in dist/
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
