@@ -61,7 +61,7 @@ def test_every_metabloom_command_runs(
 
 def test_every_other_command_is_one_that_another_test_runs() -> None:
     others = [command for command in commands() if command not in OURS]
-    # make: tests/house/test_set_up.py; flwr run: tests/app/test_flower_projects.py.
+    # make: .ci/run; flwr run: tests/app/test_flower_projects.py.
     assert all(command.startswith(("make demo", "make test", "flwr run . ")) for command in others)
 
 
