@@ -110,8 +110,7 @@ class Learner(NumPyClient):
         """Return (query loss after the most steps, number of query records, adaptation curve)."""
         del config
         params = self.load(parameters)
-        if draws_random_numbers(self.model):  # an evaluation says the same each time
-            self.model = copy.deepcopy(self.model).eval()
+        self.model = copy.deepcopy(self.model).eval()  # without dropout: the same each time
         query = self.data.query
         start, advance = self.adaptation(params)
         curve = adaptation_curve(
@@ -179,16 +178,25 @@ class Learner(NumPyClient):
 
     def seeded(self, config: Config) -> AbstractContextManager[None]:
         """Return a block in which layers that draw random numbers (dropout) use this stream."""
-        return torch_seeded(self.seed, "layers", int(config.get(SERVER_ROUND, 0)), self.name)
+        number = int(config.get(SERVER_ROUND, 0))
+        return torch_seeded(self.seed, "layers", number, self.name, device=self.device)
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Return whether a forward pass of ``model`` as it stands draws random numbers (dropout)."""
-    return any(
-        module.training and module.p > 0
-        for module in model.modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd)
-    )
+    """Return whether a layer of ``model`` draws random numbers in training.
+
+    Known by kind: dropout layers, attention with dropout, RReLU. A call of ``F.dropout`` inside a
+    forward pass cannot be seen.
+    """
+
+    def draws(module: nn.Module) -> bool:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module.p > 0
+        return isinstance(module, nn.RReLU) or (
+            isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+        )
+
+    return any(module.training and draws(module) for module in model.modules())
 
 
 def _name_in(context: Context | None) -> str:

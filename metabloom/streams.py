@@ -40,13 +40,18 @@ def torch_stream(seed: int, *identity: int | str) -> "torch.Generator":
 
 
 @contextmanager
-def torch_seeded(seed: int, *identity: int | str) -> Iterator[None]:
+def torch_seeded(seed: int, *identity: int | str, device: str = "cpu") -> Iterator[None]:
     """Run a block under one stream where torch offers only its global generator.
 
-    That is module initialisation and dropout. The generator is restored afterwards.
+    That is module initialisation and dropout. The generator, and that of a CUDA ``device``, is
+    restored afterwards.
     """
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(stream_seed(seed, *identity))
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(stream_seed(seed, *identity))
         yield

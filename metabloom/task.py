@@ -45,6 +45,7 @@ def idle_keys(config: RunConfig) -> list[str]:
     >>> idle_keys(RunConfig.read({"strategy": "fedavg", "order": "first", "local-lr": 0.2}))
     ['order']
     """
+    _import_plugins(config.plugins)
     watch = _Watch(config)
     STRATEGIES[config.strategy](cast(RunConfig, watch))
     defaults = RunConfig.read({})
@@ -135,6 +136,10 @@ def _import_plugins(names: str) -> None:
             raise ConfigError(
                 f"plugins: module {name!r} cannot be imported ({err}): install it, or run in its "
                 "folder with PYTHONPATH=."
+            ) from err
+        except Exception as err:  # a user's module can raise anything
+            raise ConfigError(
+                f"plugins: module {name!r} fails when it is imported: {type(err).__name__}: {err}"
             ) from err
 
 

@@ -19,6 +19,9 @@ class Recipe:
         client: registry name of the client (``metabloom.clients.CLIENTS``): by name, since
             strategies do not import clients.
         client_options: keyword arguments of that client beyond those that all clients share.
+
+    A recipe reads what it needs of the configuration when it is called (``partial``, no lambda):
+    keys that it does not read are reported to the user as without effect.
     """
 
     strategy: Callable[..., RuleStrategy]

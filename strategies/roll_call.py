@@ -3,14 +3,17 @@
 Sampling and results then depend on partitions, never on node ids or their order.
 """
 
+import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from logging import INFO
+from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from ..errors import MetabloomError
 from ..wire import (
     CLIENT_NAME,
     DROPPED,
@@ -22,10 +25,16 @@ from ..wire import (
     ROLL_CALL,
 )
 
+POLL_S = 1.0
+GATHER_S = 30.0  # how long to wait for announced nodes that have not connected yet
+ROLL_CALL_S = 600.0  # for the first answers of nodes, which may load their data for it
+RETRY_S = 60.0  # for a node that was silent before; in deployment an answer takes some 20 s
+RETRIES = 3  # in as many rounds; after that a silent node no longer holds any
+
 
 @dataclass(frozen=True)
 class Node:
-    """What is known of one node; one that did not answer is a training client, known by its id."""
+    """What one node said of itself, known by its id alone where its app knows no roll call."""
 
     node_id: int
     partition_id: int | None = None
@@ -34,6 +43,7 @@ class Node:
     client: str = ""
     dropped: int = 0  # clients of its data set that were too small
     error: str = ""  # why it cannot take part, in its own words
+    reply_error: str = ""  # the error that came in the place of an answer
 
     @property
     def name(self) -> str:
@@ -52,36 +62,136 @@ class Node:
         return (0, self.partition_id)
 
 
-def call_roll(
-    grid: Grid, node_ids: Iterable[int], known: dict[int, Node], *, timeout_s: float
-) -> dict[int, Node]:
-    """Return the nodes of ``node_ids`` that answered, asking those that are not ``known`` yet.
+class Roster:
+    """All nodes that were ever heard, and which of them are connected now."""
 
-    An error is an answer: that node's app knows no roll call. A node without an answer is left out,
-    to be asked again at the next call; it must not be taken for a training client meanwhile.
-    """
-    present = list(node_ids)
-    new = [node_id for node_id in present if node_id not in known]
-    nodes = {node_id: known[node_id] for node_id in present if node_id in known}
-    if not new:
-        return nodes
+    def __init__(self) -> None:
+        self._heard: dict[int, Node] = {}
+        self._present: list[int] = []
+        self._calls: Counter[int] = Counter()
+        self._grace_s = GATHER_S
+        self._told: set[int] = set()
+
+    def gather(self, grid: Grid, *, min_nodes: int, timeout_s: float) -> None:
+        """Ask nodes that have not answered yet, and wait, within bounds, for those there should be.
+
+        The first time, nodes that others announce (``num-partitions``) have a grace to connect.
+
+        Raises:
+            MetabloomError: where fewer than ``min_nodes`` answered in time, or none can take part.
+        """
+        deadline = time.monotonic() + timeout_s
+        grace_s, self._grace_s = self._grace_s, 0.0
+        self._retry(grid, timeout_s)
+        grace = time.monotonic() + grace_s
+        while True:
+            if self._ask_newcomers(grid, timeout_s):
+                grace = time.monotonic() + grace_s
+            self._refuse_if_none_can()
+            heard = len(self._connected())
+            announced = max((node.num_partitions for node in self._connected()), default=0)
+            if heard >= max(min_nodes, 1) and (heard >= announced or time.monotonic() > grace):
+                return
+            if time.monotonic() > deadline:
+                raise MetabloomError(
+                    f"{len(self._present)} nodes are connected, {heard} answered the roll call, "
+                    f"{min_nodes} are needed, and {timeout_s:g} s have passed: start more "
+                    "SuperNodes, or lower min_available_nodes"
+                )
+            time.sleep(POLL_S)
+
+    def with_role(self, role: str) -> list[Node]:
+        """Return the connected nodes of a role by partition; without any role, all train."""
+        usual = "" if self.has_roles else "train"
+        found = [node for node in self._connected() if (node.role or usual) == role]
+        return sorted(
+            (node for node in found if not self._fault(node)), key=lambda node: node.order
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Return how many connected nodes have each role."""
+        return {role: len(self.with_role(role)) for role in ("train", "validation", "unseen")}
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether any node said a role."""
+        return any(node.role for node in self._heard.values())
+
+    @property
+    def dropped(self) -> int:
+        """Clients of the data set that were too small, as nodes report them."""
+        return max((node.dropped for node in self._heard.values()), default=0)
+
+    def get(self, node_id: int) -> Node:
+        """Return what is known of a node."""
+        return self._heard.get(node_id, Node(node_id))
+
+    def new_faults(self) -> list[tuple[str, str]]:
+        """Return (name, reason) of nodes that cannot take part and were not told before."""
+        faulty = [node for node in self._connected() if self._fault(node)]
+        new = [node for node in faulty if node.node_id not in self._told]
+        self._told |= {node.node_id for node in new}
+        return [(node.name, self._fault(node)) for node in sorted(new, key=lambda n: n.order)]
+
+    def first_fault(self) -> str:
+        """Return "NAME says: REASON" of the first node that cannot take part; "" if all can."""
+        faulty = [node for node in self._connected() if self._fault(node)]
+        first = min(faulty, key=lambda node: node.order, default=None)
+        return f"{first.name} says: {self._fault(first)}" if first else ""
+
+    def _fault(self, node: Node) -> str:
+        # An app that is not ours knows no roll call and answers it with an error; where others
+        # have roles, so should this node, and its error is one.
+        return node.error or (node.reply_error if self.has_roles else "")
+
+    def _connected(self) -> list[Node]:
+        return [self._heard[node_id] for node_id in self._present if node_id in self._heard]
+
+    def _refuse_if_none_can(self) -> None:
+        connected = self._connected()
+        if connected and all(self._fault(node) for node in connected):
+            raise MetabloomError(f"no node can take part; {self.first_fault()}")
+
+    def _ask_newcomers(self, grid: Grid, timeout_s: float) -> bool:
+        self._present = list(grid.get_node_ids())
+        self._calls = Counter({n: c for n, c in self._calls.items() if n in self._present})
+        new = [n for n in self._present if n not in self._heard and not self._calls[n]]
+        return self._call(grid, new, min(timeout_s, ROLL_CALL_S))
+
+    def _retry(self, grid: Grid, timeout_s: float) -> None:
+        silent = [n for n in self._present if n not in self._heard and self._calls[n] <= RETRIES]
+        self._call(grid, silent, min(timeout_s, RETRY_S))
+
+    def _call(self, grid: Grid, node_ids: list[int], timeout_s: float) -> bool:
+        """Ask ``node_ids``; return whether any answered."""
+        if not node_ids:
+            return False
+        self._calls.update(node_ids)
+        answers = call_roll(grid, node_ids, timeout_s=timeout_s)
+        self._heard |= answers
+        silent = len(node_ids) - len(answers)
+        level = WARNING if silent else INFO
+        log(level, "roll call: %d of %d nodes answered", len(answers), len(node_ids))
+        return bool(answers)
+
+
+def call_roll(grid: Grid, node_ids: Iterable[int], *, timeout_s: float) -> dict[int, Node]:
+    """Ask each node who it is and return those that answered, by id; an error is an answer too."""
     question = RecordDict({"config": ConfigRecord()})
     messages = [
-        Message(content=question, message_type=ROLL_CALL, dst_node_id=node_id) for node_id in new
+        Message(content=question, message_type=ROLL_CALL, dst_node_id=node_id, ttl=timeout_s)
+        for node_id in node_ids
     ]
-    for reply in grid.send_and_receive(messages, timeout=timeout_s):
-        node_id = reply.metadata.src_node_id
-        if node_id in new:
-            known_app = reply.has_content()
-            nodes[node_id] = _read(node_id, reply.content) if known_app else Node(node_id)
-    silent = sum(node_id not in nodes for node_id in new)
-    log(INFO, "roll call: %d new nodes, %d without an answer", len(new), silent)
+    replies = list(grid.send_and_receive(messages, timeout=timeout_s))
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    nodes = {}
+    for reply in replies:
+        node_id = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        if reply.has_content():
+            nodes[node_id] = _read(node_id, reply.content)
+        elif reply.metadata.src_node_id == node_id:  # else the SuperLink speaks of a lost node
+            nodes[node_id] = Node(node_id, reply_error=reply.error.reason or "no reason given")
     return nodes
-
-
-def expected_nodes(nodes: dict[int, Node]) -> int:
-    """Return how many nodes there are by what they say themselves; 0 where none says."""
-    return max((node.num_partitions for node in nodes.values()), default=0)
 
 
 def _read(node_id: int, content: RecordDict) -> Node:

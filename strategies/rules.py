@@ -117,7 +117,9 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
 
     The optimiser's state persists over the rounds. It computes in float64 whatever the arrays'
     dtype is: in float16, Adam's epsilon of 1e-8 is 0 and a gradient of 0 makes the model NaN.
-    Running statistics of BatchNorm take the mean: a step of Adam could make a variance negative.
+    Running statistics of BatchNorm, known by their names, take the mean: a step of Adam could make
+    a variance negative. An array that no client ever changed (a frozen layer) stays, whatever
+    weight decay the optimiser has.
 
     Args:
         factory: ``factory(parameters) -> torch.optim.Optimizer``; the parameters are float64.
@@ -135,18 +137,29 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
             for name, value in sent.items()
             if np.issubdtype(value.dtype, np.floating) and not name.endswith(STATISTICS)
         ]
+        averaged = {name: mean[name].astype(sent[name].dtype) for name in sent}
+        if not floating:
+            return state, averaged
         params = [torch.tensor(sent[name], dtype=torch.float64) for name in floating]
         for name, param in zip(floating, params, strict=True):
             param.requires_grad_().grad = param.detach() - torch.from_numpy(mean[name])
         optimizer = factory(params)
-        if state:
-            optimizer.load_state_dict(copy.deepcopy(dict(state)))  # the old state stays as it was
+        if state:  # load_state_dict keeps tensors: without a copy the old state would change
+            optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         optimizer.step()
+        trained = {n for n in floating if _any_changed(n, sent, replies)} | set(
+            state.get("trained", ())
+        )
         stepped = {
             name: param.detach().numpy().astype(sent[name].dtype)
             for name, param in zip(floating, params, strict=True)
+            if name in trained
         }
-        averaged = {name: mean[name].astype(sent[name].dtype) for name in sent}
-        return optimizer.state_dict(), {name: stepped.get(name, averaged[name]) for name in sent}
+        new_state = {"optimizer": optimizer.state_dict(), "trained": sorted(trained)}
+        return new_state, {name: stepped.get(name, averaged[name]) for name in sent}
 
     return Rule(init=lambda _: {}, update=update)
+
+
+def _any_changed(name: str, sent: NamedArrays, replies: Sequence[Reply]) -> bool:
+    return not all(np.array_equal(reply.arrays[name], sent[name]) for reply in replies)

@@ -5,8 +5,8 @@
 under ``flwr run`` and on a SuperLink.
 """
 
+import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
@@ -28,13 +28,8 @@ from ..errors import ConfigError, MetabloomError
 from ..streams import numpy_stream
 from ..wire import SERVER_ROUND, from_record, to_record
 from .reports import ClientScore, RoundReport, RunResult
-from .roll_call import Node, call_roll, expected_nodes
+from .roll_call import Node, Roster
 from .rules import Reply, Rule, State
-
-POLL_S = 1.0
-GATHER_S = 30.0  # how long to wait for announced nodes that have not connected yet
-ROLL_CALL_S = 600.0  # for the first answers of nodes, which may load their data for it
-RETRY_S = 5.0  # for nodes that were silent before: they must not hold every round
 
 
 @dataclass
@@ -45,7 +40,8 @@ class _Round:
     sent: dict[str, Any] = field(default_factory=dict)
     started: float = 0.0
     clients: tuple[str, ...] = ()
-    asked: dict[int, str] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+    recipients: dict[str, int] = field(default_factory=dict)  # message id -> node
     failures: list[tuple[str, str]] = field(default_factory=list)
     train_metrics: dict[str, float] = field(default_factory=dict)
     bytes_down: int = 0
@@ -96,10 +92,8 @@ class RuleStrategy(FedAvg):
 
     def _reset(self) -> None:
         self._state: State | None = None
-        self._nodes: dict[int, Node] = {}
+        self._roster = Roster()
         self._timeout = 3600.0
-        self._grace = GATHER_S
-        self._called: set[int] = set()
         self._round = _Round()
         self._reports: list[RoundReport] = []
 
@@ -137,15 +131,14 @@ class RuleStrategy(FedAvg):
         self._round = _Round(number=num_rounds)
         unseen = self._final_scores(grid, arrays, config, "unseen")
         trained = self.scores_training_clients
-        roles = Counter(node.role or "train" for node in self._nodes.values())
         return RunResult(
             **{**vars(result), "arrays": arrays},
             rounds=list(self._reports),
             unseen=unseen,
             trained=self._final_scores(grid, arrays, config, "train") if trained else [],
             final_failures=tuple(self._round.failures),
-            clients={role: roles[role] for role in ("train", "validation", "unseen")},
-            dropped=max((node.dropped for node in self._nodes.values()), default=0),
+            clients=self._roster.counts(),
+            dropped=self._roster.dropped,
         )
 
     def summary(self) -> None:
@@ -166,7 +159,10 @@ class RuleStrategy(FedAvg):
         if self.fraction_train == 0.0:
             return []
         self._gather(grid)
-        candidates = self._with_role("train")
+        candidates = self._roster.with_role("train")
+        if not candidates:
+            why = self._roster.first_fault() or "no node has the role 'train'"
+            raise MetabloomError(f"round {server_round}: nobody can train; {why}")
         size = self.clients_per_round or max(
             int(len(candidates) * self.fraction_train), self.min_train_nodes
         )
@@ -201,10 +197,10 @@ class RuleStrategy(FedAvg):
         if self.fraction_evaluate == 0.0 or not self.eval_every or server_round % self.eval_every:
             return []
         self._gather(grid)
-        if any(node.role for node in self._nodes.values()):
-            chosen = self._with_role("validation")
+        if self._roster.has_roles:
+            chosen = self._roster.with_role("validation")
         else:
-            nodes = self._with_role("train")
+            nodes = self._roster.with_role("train")
             size = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
             chosen = self._sample(nodes, size, "evaluate", server_round)
         return self._messages(arrays, config, chosen, MessageType.EVALUATE)
@@ -228,7 +224,7 @@ class RuleStrategy(FedAvg):
     def _final_scores(
         self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, role: str
     ) -> list[ClientScore]:
-        nodes = [node for node in self._with_role(role) if node.role]
+        nodes = [node for node in self._roster.with_role(role) if node.role]
         messages = self._messages(arrays, config, nodes, MessageType.EVALUATE)
         replies = grid.send_and_receive(messages, timeout=self._timeout) if messages else []
         return [self._score(message) for message in self._good(replies, is_train=False)]
@@ -236,40 +232,10 @@ class RuleStrategy(FedAvg):
     # -- nodes -------------------------------------------------------------------------------------
 
     def _gather(self, grid: Grid) -> None:
-        """Wait, within bounds, for the nodes that there should be; ask each new one who it is."""
-        deadline = time.monotonic() + self._timeout
-        grace = time.monotonic() + self._grace
-        self._grace = 0.0  # once: announced nodes that never came must not hold every round
-        while True:
-            ids = list(grid.get_node_ids())
-            patience = RETRY_S if self._called.issuperset(ids) else ROLL_CALL_S
-            self._nodes = call_roll(grid, ids, self._nodes, timeout_s=min(self._timeout, patience))
-            self._called |= set(ids)
-            self._refuse_if_none_can()
-            needed = max(self.min_available_nodes, 1)
-            if len(self._nodes) >= max(needed, expected_nodes(self._nodes)):
-                return
-            if len(self._nodes) >= needed and time.monotonic() > grace:
-                return
-            if time.monotonic() > deadline:
-                raise MetabloomError(
-                    f"{len(ids)} nodes are connected, {len(self._nodes)} answered the roll call, "
-                    f"{needed} are needed, and {self._timeout:g} s have passed: "
-                    "start more SuperNodes, or lower min_available_nodes"
-                )
-            time.sleep(POLL_S)
-
-    def _refuse_if_none_can(self) -> None:
-        faulty = [node for node in self._nodes.values() if node.error]
-        if faulty and len(faulty) == len(self._nodes):
-            first = min(faulty, key=lambda node: node.order)
-            raise MetabloomError(f"no node can take part; {first.name} says: {first.error}")
-
-    def _with_role(self, role: str) -> list[Node]:
-        """Return the nodes of a role by partition; where no node has a role, all of them train."""
-        usual = "" if any(node.role for node in self._nodes.values()) else "train"
-        found = [node for node in self._nodes.values() if (node.role or usual) == role]
-        return sorted((node for node in found if not node.error), key=lambda node: node.order)
+        self._roster.gather(grid, min_nodes=self.min_available_nodes, timeout_s=self._timeout)
+        for name, reason in self._roster.new_faults():
+            log(WARNING, "%s cannot take part: %s", name, reason)
+            self._round.failures.append((name, reason))
 
     def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
         if size > len(nodes):
@@ -291,25 +257,43 @@ class RuleStrategy(FedAvg):
             }
         )
         self._round.bytes_down += _size(arrays) * len(nodes)
-        self._round.asked = {node.node_id: node.name for node in nodes}
-        return list(self._construct_messages(record, [node.node_id for node in nodes], kind))
+        ids = [node.node_id for node in nodes]
+        self._round.messages = list(self._construct_messages(record, ids, kind))
+        return list(self._round.messages)
 
     def _good(self, replies: Iterable[Message], *, is_train: bool) -> list[Message]:
-        """Return the replies without an error, by partition; note the others and the missing."""
-        good, bad = self._check_and_log_replies(list(replies), is_train=is_train)
-        for message in bad:
-            reason = message.error.reason or "no reason given"
-            self._round.failures.append((self._node(message).name, reason))
-        answered = {message.metadata.src_node_id for message in (*good, *bad)}
-        for node_id, name in self._round.asked.items():
+        """Return the usable replies, by partition; note the others and the missing."""
+        received = list(replies)
+        # Grids give messages their ids when they send them.
+        sent, self._round.messages = self._round.messages, []
+        self._round.recipients = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
+        good, bad = self._check_and_log_replies(received, is_train=is_train)
+        reasons = [(message, message.error.reason or "no reason given") for message in bad]
+        if is_train:
+            reasons += [(message, self._weight_fault(message)) for message in good]
+        faults = [(message, reason) for message, reason in reasons if reason]
+        self._round.failures += [(self._node(message).name, reason) for message, reason in faults]
+        answered = {self._node(message).node_id for message in received}
+        for node_id in self._round.recipients.values():
             if node_id not in answered:
-                self._round.failures.append((name, f"no reply within {self._timeout:g} s"))
-        self._round.asked = {}
-        return sorted(good, key=lambda message: self._node(message).order)
+                missing = f"no reply within {self._timeout:g} s"
+                self._round.failures.append((self._roster.get(node_id).name, missing))
+        left_out = {id(message) for message, _ in faults}
+        usable = [message for message in good if id(message) not in left_out]
+        return sorted(usable, key=lambda message: self._node(message).order)
+
+    def _weight_fault(self, message: Message) -> str:
+        (metrics,) = message.content.metric_records.values()
+        value = metrics[self.weighted_by_key]
+        if isinstance(value, int | float) and 0 < value < math.inf:
+            return ""
+        return f"{self.weighted_by_key} is {value!r}: a finite number above 0 is needed"
 
     def _node(self, message: Message) -> Node:
-        node_id = message.metadata.src_node_id
-        return self._nodes.get(node_id) or Node(node_id)
+        """Return the node that a reply is of; the SuperLink answers for a node that was lost."""
+        metadata = message.metadata
+        known = self._round.recipients.get(metadata.reply_to_message_id, metadata.src_node_id)
+        return self._roster.get(known)
 
     def _answer(self, content: RecordDict) -> Reply:
         (arrays,) = content.array_records.values()

@@ -105,3 +105,34 @@ def test_flowers_log_is_quiet_unless_asked_for(tmp_path: Path) -> None:
     assert logging.getLogger("flwr").level == logging.ERROR
     CliRunner().invoke(command_line, ["simulate", "--verbose", *settings], catch_exceptions=False)
     assert logging.getLogger("flwr").level == logging.INFO
+
+
+STRATEGY_PLUGIN = """
+from functools import partial
+from metabloom.strategies import STRATEGIES, FedAvg, Recipe
+
+@STRATEGIES.register("mean-of-a-plugin")
+def recipe(config):
+    return Recipe(strategy=partial(FedAvg, weighting="uniform"), client="sgd",
+                  client_options={"local_lr": config.local_lr})
+"""
+
+
+def test_a_plugins_strategy_is_known_to_whichever_end_asks_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_mean.py").write_text(STRATEGY_PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(STRATEGIES, "_entries", dict(STRATEGIES._entries))
+    keys = {"strategy": "mean-of-a-plugin", "plugins": "my_mean", "order": "first", "local-lr": 1}
+    assert idle_keys(RunConfig.read(keys)) == ["order"]
+    assert recipe_of(RunConfig.read(keys)).client_options == {"local_lr": 1.0}
+
+
+def test_a_plugin_that_is_broken_is_named_with_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_broken.py").write_text("def half(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'my_broken' fails when it is imported: SyntaxError"):
+        recipe_of(RunConfig.read({"plugins": "my_broken"}))

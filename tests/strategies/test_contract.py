@@ -14,7 +14,7 @@ from metabloom.client_app import client_fn
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
-from metabloom.strategies import STRATEGIES, shell
+from metabloom.strategies import STRATEGIES, roll_call
 from metabloom.task import model_of
 from metabloom.wire import from_record, to_record
 from tests.strategies.toy import (
@@ -36,8 +36,8 @@ FIVE_ROLES = ("train", "unseen", "train", "validation", "train")
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for missing nodes a moment, not half a minute."""
-    monkeypatch.setattr(shell, "POLL_S", 0.01)
-    monkeypatch.setattr(shell, "GATHER_S", 0.05)
+    monkeypatch.setattr(roll_call, "POLL_S", 0.01)
+    monkeypatch.setattr(roll_call, "GATHER_S", 0.05)
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from flwr.app import Message
 from metabloom import strategies
 from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
-from metabloom.strategies import FedAvg, FedMeta, Reply, interpolate, server_optimizer, shell
+from metabloom.strategies import FedAvg, FedMeta, Reply, interpolate, roll_call, server_optimizer
+from metabloom.wire import from_record
 from tests.strategies.toy import Toy, model, start, strategy_of
 
 ROLES = ("train", "unseen", "train", "validation", "train")
@@ -17,8 +18,8 @@ ROLES = ("train", "unseen", "train", "validation", "train")
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shell, "POLL_S", 0.01)
-    monkeypatch.setattr(shell, "GATHER_S", 0.05)
+    monkeypatch.setattr(roll_call, "POLL_S", 0.01)
+    monkeypatch.setattr(roll_call, "GATHER_S", 0.05)
 
 
 def losing(lose: Callable[[Message, int], bool]) -> type[CohortGrid]:
@@ -149,3 +150,96 @@ def test_every_strategy_class_of_the_package_is_exported() -> None:
     ours = {cls.__name__ for cls in subclasses if cls.__module__.startswith(strategies.__name__)}
     assert ours <= set(strategies.__all__)
     assert len(ours) == len(strategies.STRATEGIES)
+
+
+def test_layers_that_no_client_ever_changes_stay_whatever_weight_decay_the_optimiser_has() -> None:
+    import torch
+
+    sent = {name: np.array([1.0], np.float32) for name in ("frozen", "trained")}
+    rule = server_optimizer(lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.5))
+    state, arrays = rule.init(sent), sent
+    for _ in range(3):
+        reply = Reply({**arrays, "trained": arrays["trained"] - 0.5}, 1.0)
+        state, arrays = rule.update(state, arrays, [reply])
+    assert arrays["frozen"] == 1.0
+    assert arrays["trained"] < 1.0
+
+
+def test_a_client_that_counts_no_examples_is_left_out_by_name_and_the_round_goes_on() -> None:
+    class Uncounted(Toy):
+        def _train(self, message, context):
+            reply = super()._train(message, context)
+            if context.node_config["partition-id"] == 2:
+                reply.content["metrics"]["num-examples"] = 0
+            return reply
+
+    result = start(strategy_of("fedavg"), Uncounted(roles=ROLES), rounds=1)
+    without = start(strategy_of("fedavg"), Faulty(roles=ROLES, faulty={2}), rounds=1)
+    ((client, reason),) = result.rounds[0].failures
+    assert client == "c2"
+    assert "num-examples is 0" in reason
+    for name, value in from_record(result.arrays).items():
+        assert np.array_equal(value, from_record(without.arrays)[name]), name
+
+
+def test_the_superlinks_word_on_a_lost_node_is_a_failure_of_that_node_told_once() -> None:
+    from flwr.app import Error
+
+    class LosesNode(CohortGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None):
+            replies = []
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                if (
+                    reply.metadata.message_type == "train"
+                    and reply.content["metrics"]["num-examples"] == 3
+                ):
+                    lost = Message(Error(5, "Node Unavailable"), reply_to=_asked(reply))
+                    lost.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's own id
+                    reply = lost
+                replies.append(reply)
+            return replies
+
+    def _asked(reply: Message) -> Message:
+        asked = Message(reply.content, dst_node_id=1, message_type="train")
+        asked.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+        return asked
+
+    result = start(strategy_of("fedavg"), Toy(roles=ROLES), rounds=1, grid=LosesNode)
+    assert result.rounds[0].failures == (("c2", "Node Unavailable"),)
+
+
+def test_a_node_that_answers_with_an_error_where_others_have_roles_is_a_named_failure() -> None:
+    class Broken(Toy):
+        def _answer_roll_call(self, message, context):
+            if context.node_config["partition-id"] == 2:
+                raise OSError("no such disk")
+            return super()._answer_roll_call(message, context)
+
+    toy = Broken(roles=ROLES)
+    result = start(strategy_of("fedavg"), toy)
+    assert set(toy.partitions("train")) == {0, 4}
+    assert result.clients == {"train": 2, "validation": 1, "unseen": 1}
+    ((name, reason),) = result.rounds[0].failures
+    assert name.startswith("node-")
+    assert "no such disk" in reason
+    assert result.rounds[1].failures == ()  # told once
+
+
+def test_where_all_training_nodes_refuse_the_run_ends_with_the_first_reason() -> None:
+    with pytest.raises(MetabloomError, match="nobody can train; c0 says: data are missing"):
+        start(strategy_of("fedavg"), Faulty(roles=ROLES, faulty={0, 2, 4}))
+
+
+def test_a_node_that_was_away_for_a_round_comes_back_without_being_asked_again() -> None:
+    class Leaving(CohortGrid):
+        calls = 0
+
+        def get_node_ids(self) -> Iterable[int]:
+            ids = list(self._nodes)
+            type(self).calls += 1
+            return ids[:-1] if self.calls in (3, 4) else ids
+
+    toy = Toy(roles=ROLES)
+    start(strategy_of("fedavg"), toy, rounds=4, grid=Leaving)
+    assert toy.roll_calls == [0, 1, 2, 3, 4]
+    assert 2 <= toy.partitions("train").count(4) < 4
