@@ -11,6 +11,7 @@ from metabloom.cli import app
 from metabloom.models import MODELS
 from metabloom.sim import DATASETS
 from metabloom.strategies import STRATEGIES
+from tests.sim.synthetic_data import SMALL, install_fakes
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -73,6 +74,18 @@ def test_every_model_trains_under_its_name(model: str, small_data: Path, tmp_pat
     settings += (
         ["dataset-args=limit=60"] if dataset == "mnist" else ["dataset-args=sequence_length=20"]
     )
+    simulate(dataset, settings, tmp_path)
+
+
+@pytest.mark.parametrize("dataset", sorted(DATASETS))
+def test_every_data_set_runs_under_its_name_with_its_usual_model(
+    dataset: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fakes(monkeypatch)
+    options = dict(SMALL.get(dataset, {}))
+    settings = ["rounds=1", "clients-per-round=1", "eval-steps=1", f"data-root={small_data}"]
+    settings += [f"num-clients={options.pop('num_clients', 0)}"]
+    settings += ["dataset-args=" + " ".join(f"{key}={value}" for key, value in options.items())]
     simulate(dataset, settings, tmp_path)
 
 

@@ -12,6 +12,16 @@ WRITERS = [1] + [49] * 11 + [60]  # images of each of 13 writers; the first has 
 BACKGROUND = ("Alef", "Bet", "Gimel", "Dalet", "He", "Vav")
 EVALUATION = ("Zayin", "Het", "Tet")
 CHARACTERS, DRAWERS = 6, 12
+SMALL = {  # options that fit the tiny files
+    "digits": {"num_clients": 20},
+    "omniglot": {"num_clients": 10},
+    "shakespeare": {"sequence_length": 20},
+    "mnist": {"num_clients": 6},
+    "fashion-mnist": {"num_clients": 6},
+    "kmnist": {"num_clients": 6},
+    "cifar10": {"num_clients": 6},
+    "cifar100": {"num_clients": 6},
+}
 
 
 def write_all(root: Path) -> Path:

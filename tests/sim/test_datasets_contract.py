@@ -13,18 +13,8 @@ import torch
 from metabloom.errors import ConfigError, MissingDataError
 from metabloom.sim import DATASETS, Federation, dataset_spec, load_federation
 
-from .synthetic_data import install_fakes
+from .synthetic_data import SMALL, install_fakes
 
-SMALL = {  # options that fit the tiny files
-    "digits": {"num_clients": 20},
-    "omniglot": {"num_clients": 10},
-    "shakespeare": {"sequence_length": 20},
-    "mnist": {"num_clients": 6},
-    "fashion-mnist": {"num_clients": 6},
-    "kmnist": {"num_clients": 6},
-    "cifar10": {"num_clients": 6},
-    "cifar100": {"num_clients": 6},
-}
 NAMES = [name for name in DATASETS if name != "two-moons"]  # a test of the docs registers that one
 IMAGE_SETS = [name for name in NAMES if name not in ("shakespeare", "heart-disease")]
 
