@@ -2,9 +2,9 @@
 
     python benchmarks/omniglot.py --data-root DATA --model mlp     (then --model conv4)
 
-Every method gets the same federations, rounds, clients per round and initial model. What is chosen
-is chosen on the VALIDATION clients of seed 0 alone: a point of the grid of training settings below,
-and for it the learning rate of one and of five adaptation steps. The chosen settings then run with
+Every method gets the same federations, rounds, clients per round and initial model. Within
+the grids below, everything is chosen on the VALIDATION clients of seed 0 alone: a point of training
+settings, and for it the learning rate of one and of five adaptation steps. The chosen settings then run with
 seeds 1, 2 and 3 (other tasks, alphabets for validation, label permutations and initial weights
 each), and the unseen clients are scored once. Finished runs are kept in --work, so that a benchmark
 that was stopped goes on where it stood.
@@ -170,8 +170,8 @@ def row_of(
 LIMITS = {
     "mlp": "MAML's grid has 12 points, FedAvg's 6. Exact MAML's best inner-lr and outer-lr and "
     "first-order MAML's best outer-lr lie on the edge of their grids; FedAvg's local-lr does not.",
-    "conv4": "Each grid has 4 points. FedAvg's best point, local-lr 0.1 with 3 epochs, is the upper "
-    "end of both its axes: a wider grid may improve the baseline and shrink the margins.",
+    "conv4": "Each grid has 4 points. FedAvg's best point, local-lr 0.1 with 3 epochs, is the "
+    "upper end of both its axes: a wider grid may improve the baseline and shrink the margins.",
 }
 
 
