@@ -2,12 +2,12 @@
 
     python benchmarks/omniglot.py --data-root DATA --model mlp     (then --model conv4)
 
-Every method gets the same federations, rounds, clients per round and initial model. Within
-the grids below, everything is chosen on the VALIDATION clients of seed 0 alone: a point of training
-settings, and for it the learning rate of one and of five adaptation steps. The chosen settings then run with
-seeds 1, 2 and 3 (other tasks, alphabets for validation, label permutations and initial weights
-each), and the unseen clients are scored once. Finished runs are kept in --work, so that a benchmark
-that was stopped goes on where it stood.
+Every method gets the same federations, rounds, clients per round and initial model. Within the
+grids below, everything is chosen on the VALIDATION clients of seed 0 alone: a point of training
+settings, and for it the learning rate of one and of five adaptation steps. The chosen settings then
+run with seeds 1, 2 and 3 (other tasks, alphabets for validation, label permutations and initial
+weights each), and the unseen clients are scored once. Finished runs are kept in --work, so that a
+benchmark that was stopped goes on where it stood.
 """
 
 import hashlib
