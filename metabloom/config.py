@@ -107,6 +107,50 @@ class RunConfig(BaseModel):
     )
     reptile_epsilon: Rate = Field(1.0, description="reptile: step towards the clients' mean")
 
+    aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = Field(
+        "mean", description="how the clients' models become one; all but mean resist bad ones"
+    )
+    trim_beta: float = Field(
+        0.2, ge=0, lt=0.5, description="trimmed-mean: share of values cut at either end"
+    )
+    num_malicious: CountOrDefault = Field(
+        1, description="multi-krum: how many clients of a round may be malicious (f)"
+    )
+    num_selected: CountOrDefault = Field(
+        0, description="multi-krum: how many models are averaged; 0: all but f"
+    )
+
+    min_fit_replies: Count = Field(
+        1, description="good replies that a round needs; with fewer the model stays"
+    )
+    max_value: Rate = Field(1e20, description="firewall: largest absolute value in a reply")
+    max_weight: Rate = Field(1e9, description="firewall: largest num-examples of a reply")
+    max_share: float = Field(
+        0.9, gt=0, le=1, description="firewall: largest share of the weights of three or more"
+    )
+    max_update_norm: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="firewall: largest L2 norm of an update; 0: any"
+    )
+    norm_action: Literal["refuse", "clip"] = Field(
+        "refuse", description="firewall: what becomes of an update above max-update-norm"
+    )
+    max_offences: CountOrDefault = Field(
+        0, description="a client with so many bad replies is not sampled again; 0: always"
+    )
+
+    resume: bool = Field(
+        False, description="go on from the newest checkpoint in the results folder, if there is one"
+    )
+    checkpoint_every: CountOrDefault = Field(
+        1, description="save the whole state every so many rounds; 0: never"
+    )
+    checkpoints_kept: Count = Field(3, description="checkpoints that are kept, the newest ones")
+    state_root: str = Field(
+        "",
+        description="folder of clients' lasting state, also in a node's config; "
+        "empty: clients/ in the results folder",
+    )
+
     eval_steps: str = Field(
         "1,5", description="numbers of adaptation steps that an evaluation reports"
     )

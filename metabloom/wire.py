@@ -16,6 +16,8 @@ CONFIG = "config"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 SERVER_ROUND = "server-round"
+RUN_TOKEN = "run-token"  # the same over resumes, where Flower's run id is another
+KEPT_ROUND = "kept-round"  # the oldest round that the server may resume from
 
 ROLL_CALL = "query.roll_call"
 PROPERTIES = "properties"

@@ -28,7 +28,20 @@ class ClientScore:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round did: who trained, failures, metrics, bytes of arrays down and up, seconds."""
+    """What one round did.
+
+    Attributes:
+        round: its number, from 1.
+        clients: who was asked to train.
+        failures: who could not take part, raised, or did not answer in time.
+        quarantined: whose reply the firewall refused, and why.
+        skipped: whether the model stayed as it was, for want of good replies.
+        train_metrics: aggregated over the good replies.
+        validation: the scores of the validation clients.
+        bytes_down: bytes of arrays that were sent.
+        bytes_up: bytes of arrays in the good replies.
+        seconds: how long it took.
+    """
 
     round: int
     clients: tuple[str, ...]
@@ -38,6 +51,8 @@ class RoundReport:
     bytes_down: int
     bytes_up: int
     seconds: float
+    quarantined: Failures = ()
+    skipped: bool = False
 
 
 @dataclass
@@ -49,6 +64,7 @@ class RunResult(Result):
         unseen: the scores of the unseen clients under the final model.
         trained: those of the training clients, for strategies that leave a personal model on each.
         final_failures: the clients of these two that did not answer.
+        final_quarantined: those of them whose reply was refused.
         clients: the number of nodes of each role.
         dropped: clients of the data set that were too small to take part, as nodes report them.
     """
@@ -57,5 +73,6 @@ class RunResult(Result):
     unseen: list[ClientScore] = field(default_factory=list)
     trained: list[ClientScore] = field(default_factory=list)
     final_failures: Failures = ()
+    final_quarantined: Failures = ()
     clients: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
