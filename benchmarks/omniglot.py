@@ -94,7 +94,8 @@ def run_job(settings: dict[str, Any], seed: int, data_root: str, work: str) -> d
 
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    keys = {"dataset": "omniglot", "data-root": data_root, "eval-every": 0, "out": str(folder)}
+    keys = {"dataset": "omniglot", "data-root": data_root, "out": str(folder)}
+    keys |= {"eval-every": 0, "checkpoint-every": 0}
     config = RunConfig.read({**settings, **keys, "seed": seed})
     grid = CohortGrid(app, num_nodes=len(federation_of(config)), run_config=config.to_flower())
     start = time.perf_counter()

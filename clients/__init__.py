@@ -12,6 +12,7 @@ from .local_update import LocalResult, LocalUpdate, run_update
 from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
 from .sgd import SGDClient, sgd_update
+from .store import ClientStore
 
 CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
 CLIENTS.add("maml", MAMLClient)
@@ -20,6 +21,7 @@ CLIENTS.add("sgd", SGDClient)
 __all__ = [
     "CLIENTS",
     "ClientData",
+    "ClientStore",
     "Learner",
     "LocalResult",
     "LocalUpdate",

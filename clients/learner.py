@@ -18,6 +18,7 @@ from .data import ClientData
 from .evaluation import LOSS_BEFORE, Advance, adaptation_curve, loss_after
 from .meta_gradient import Predicate, adapt, check_inner_loop
 from .objective import LossFn, Params
+from .store import ClientStore
 
 NDArrays = list[np.ndarray]
 Scalar = bool | bytes | float | int | str
@@ -41,6 +42,7 @@ class Learner(NumPyClient):
         name: identity of the client; empty: its partition or node, where there is a context.
         device: where to compute.
         context: Flower's Context of this message, for clients that keep state over the rounds.
+        store: where such state outlives the context; None: nowhere. Other clients never touch it.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -61,6 +63,7 @@ class Learner(NumPyClient):
         name: str = "",
         device: str = "cpu",
         context: Context | None = None,
+        store: ClientStore | None = None,
     ) -> None:
         check_layers(model)
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
@@ -83,6 +86,7 @@ class Learner(NumPyClient):
         self.name = name or _name_in(context)
         self.device = device
         self.context = context
+        self.store = store
         self.array_names = tuple(model.state_dict())
         self._data = data
         self._placed = self.device == "cpu"
@@ -108,19 +112,22 @@ class Learner(NumPyClient):
 
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
         """Return (query loss after the most steps, number of query records, adaptation curve)."""
-        del config
         params = self.load(parameters)
         self.model = copy.deepcopy(self.model).eval()  # without dropout: the same each time
         query = self.data.query
-        start, advance = self.adaptation(params)
+        start, advance = self.adaptation(params, config)
         curve = adaptation_curve(
             self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance
         )
         last = loss_after(self.eval_steps[-1]) if self.eval_steps else LOSS_BEFORE
         return curve[last], len(query[1]), dict(curve)
 
-    def adaptation(self, params: Params) -> tuple[Params, Advance]:
-        """Return where adaptation starts, and gradient steps on the whole support set."""
+    def adaptation(self, params: Params, config: Config | None = None) -> tuple[Params, Advance]:
+        """Return where adaptation starts, and gradient steps on the whole support set.
+
+        ``config`` names the round, for clients whose start is a state of their own.
+        """
+        del config
         support = self.data.support
         return params, lambda point, steps: adapt(
             self.model,

@@ -1,37 +1,49 @@
-"""A model that stays on its client, kept over the rounds in Flower's Context.state."""
+"""A model that stays on its client, and lasts over the rounds."""
 
 import torch
 from flwr.app import Context
 
 from ..errors import ConfigError
-from ..wire import from_record, to_record
+from ..wire import NamedArrays
 from .objective import Params
-
-STATE_KEY = "metabloom.personal"
+from .store import ClientStore, Config, LastingState
 
 
 class PersonalModel:
     """The personal model of one client.
 
+    Args:
+        context: Flower's, in whose state the model lasts.
+        client: the client's name.
+        store: where it outlives the context; None: nowhere.
+
     Raises:
         ConfigError: where there is no context to keep it in.
     """
 
-    def __init__(self, context: Context | None) -> None:
+    def __init__(
+        self, context: Context | None, *, client: str = "", store: ClientStore | None = None
+    ) -> None:
         if context is None:
             raise ConfigError(
                 "a personal model needs context=: it lasts over rounds in Flower's Context.state"
             )
-        self._state = context.state
+        self._state = LastingState(context, kind="personal", client=client, store=store)
 
-    def load(self, device: str) -> Params | None:
-        """Return the model of earlier rounds on ``device``; None before the first."""
-        if STATE_KEY not in self._state.array_records:
-            return None
-        kept = from_record(self._state.array_records[STATE_KEY])
-        return {name: torch.tensor(value, device=device) for name, value in kept.items()}
+    def before(self, config: Config, device: str) -> Params | None:
+        """Return the model of the rounds before ``config``'s on ``device``; None where none is."""
+        return _on(device, self._state.before(config))
 
-    def keep(self, params: Params) -> None:
-        """Put ``params`` in the place of the model of earlier rounds."""
-        arrays = {name: value.detach().cpu().numpy() for name, value in params.items()}
-        self._state[STATE_KEY] = to_record(arrays)
+    def after(self, config: Config, device: str) -> Params | None:
+        """Return the model that ``config``'s round and those before left; None where none did."""
+        return _on(device, self._state.after(config))
+
+    def keep(self, config: Config, params: Params) -> None:
+        """Keep ``params`` as what ``config``'s round left."""
+        self._state.keep(config, {n: value.detach().cpu().numpy() for n, value in params.items()})
+
+
+def _on(device: str, arrays: NamedArrays | None) -> Params | None:
+    if arrays is None:
+        return None
+    return {name: torch.tensor(value, device=device) for name, value in arrays.items()}

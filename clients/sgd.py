@@ -99,9 +99,9 @@ class SGDClient(Learner):
         proximal_mu: FedProx's mu >= 0. The mu that Flower's FedProx strategies send in the train
             config takes its place.
         ditto_lambda: None for no personal model; else Ditto's lambda >= 0, and ``context`` is
-            needed: the personal model lasts in its state.
+            needed: the personal model lasts in its state, and in ``store`` where there is one.
         learner: keyword arguments of ``Learner``: inner_lr (of the fine-tuning at evaluation),
-            batch_size, loss_fn, eval_steps, adapt, seed, name, device, context.
+            batch_size, loss_fn, eval_steps, adapt, seed, name, device, context, store.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -130,7 +130,11 @@ class SGDClient(Learner):
         self.local_epochs = local_epochs
         self.proximal_mu = proximal_mu
         self.ditto_lambda = ditto_lambda
-        self.personal = None if ditto_lambda is None else PersonalModel(self.context)
+        self.personal = (
+            None
+            if ditto_lambda is None
+            else PersonalModel(self.context, client=self.name, store=self.store)
+        )
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
         """Train from the received model; with Ditto, train the personal model too.
@@ -150,22 +154,24 @@ class SGDClient(Learner):
             if self.personal is not None:
                 own = run_update(
                     self._pulled_to(received, self.local_lr),
-                    self.personal.load(self.device) or received,
+                    self.personal.before(config, self.device) or received,
                     self._batches("ditto", config),
                 )
-                self.personal.keep(own.params)
-        return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
+        trained, metrics = self.dump(result.params, parameters), dict(result.metrics)
+        if self.personal is not None:  # last: a round that fails leaves nothing behind
+            self.personal.keep(config, own.params)
+        return trained, self.data.num_examples, {**metrics}
 
-    def adaptation(self, params: Params) -> tuple[Params, Advance]:
+    def adaptation(self, params: Params, config: Config | None = None) -> tuple[Params, Advance]:
         """Return where adaptation starts, and its steps; see ``Learner``.
 
         Ditto starts at its personal model and is pulled to the received one.
         """
         if self.personal is None:
-            return super().adaptation(params)
+            return super().adaptation(params, config)
         update = self._pulled_to(params, self.inner_lr, train=self.adapted)
         support = self.data.support
-        start = self.personal.load(self.device) or params
+        start = self.personal.after(config or {}, self.device) or params
         return start, lambda point, steps: run_update(update, point, [support] * steps).params
 
     def _proximal_mu(self, config: Config) -> float:

@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +42,9 @@ def simulate(
         typer.Option("--set", metavar="KEY=VALUE", help="One configuration key; repeatable."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in that folder.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Show Flower's log.")] = False,
 ) -> None:
     """Run a federation in this process; write results.json, model.safetensors, report.html."""
@@ -47,8 +52,16 @@ def simulate(
     values |= dict(_assignment(text) for text in set_ or [])
     chosen = {"strategy": strategy, "dataset": dataset, "out": out}
     values |= {key: value for key, value in chosen.items() if value is not None}
+    if resume:
+        values["resume"] = True
     run_config = RunConfig.read(values)
-    _print_outcome(_run(run_config, verbose=verbose))
+    try:
+        folder = _run(run_config, verbose=verbose)
+    except KeyboardInterrupt:
+        how = "the whole rounds are saved, --resume goes on from them"
+        console.print(f"interrupted: {how if run_config.checkpoint_every else 'nothing is saved'}")
+        raise typer.Exit(130) from None
+    _print_outcome(folder)
 
 
 @app.command("list")
@@ -104,8 +117,6 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
     from .sim import CohortGrid
     from .task import device_of, federation_of, idle_keys, model_of, recipe_of
 
-    # Flower sets its logger up when it is imported: its level is ours to choose only after that.
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
     recipe_of(config), model_of(config), device_of(config)  # refuse before data are read
     for key in idle_keys(config):
         console.print(f"{key} has no effect under {config.strategy}")
@@ -116,9 +127,12 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
         client, num_nodes=len(federation), run_config=config.to_flower(), seed=config.seed
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
-    ) as progress:
+    with (
+        Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+        ) as progress,
+        _log_above_the_bar(logging.INFO if verbose else logging.WARNING),
+    ):
         label = f"{config.strategy} on {config.dataset}"
         bar = progress.add_task(label, total=config.rounds, note="")
         metric = f"accuracy-after-{config.adaptation_steps[-1]}"
@@ -132,6 +146,25 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
         return run(grid, config, on_round=advance)
 
 
+@contextmanager
+def _log_above_the_bar(level: int) -> Iterator[None]:
+    """Let Flower's log through from ``level`` on.
+
+    Its handler writes to the stderr that there was when it was imported; the bar redirects today's.
+    """
+    logger = logging.getLogger("flwr")
+    logger.setLevel(level)
+    handlers = [one for one in logger.handlers if isinstance(one, logging.StreamHandler)]
+    streams = [handler.stream for handler in handlers]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream)
+
+
 def _print_outcome(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     unseen = results["unseen"]
@@ -142,11 +175,16 @@ def _print_outcome(folder: Path) -> None:
     ):
         table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
     console.print(table)
-    failures = [one for entry in (*results["history"], unseen) for one in entry["failures"]]
-    if failures:
-        first = f"{failures[0]['client']}: {failures[0]['reason']}"
-        console.print(Text(f"{len(failures)} replies failed; the first: {first}"), soft_wrap=True)
-    if results["history"][-1]["train"] and None in results["history"][-1]["train"].values():
-        console.print("the training loss is not finite any more: lower the learning rates")
+    bad = []
+    for fate, label in (("failures", "failed"), ("quarantined", "were quarantined")):
+        found = [one for entry in (*results["history"], unseen) for one in entry[fate]]
+        if found:
+            first = f"{found[0]['client']}: {found[0]['reason']}"
+            console.print(Text(f"{len(found)} replies {label}; the first: {first}"), soft_wrap=True)
+        bad += found
+    if results["skipped"]:
+        console.print(f"{results['skipped']} rounds were skipped for want of good replies")
+    if any("NaN" in one["reason"] for one in bad):
+        console.print("NaN or infinity in replies: lower the learning rates")
     where = Text(f"results: {folder}/results.json, model.safetensors, report.html")
     console.print(where, soft_wrap=True)

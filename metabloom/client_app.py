@@ -1,9 +1,11 @@
 """The Flower ClientApp: one client of the configured federation for each node."""
 
+from pathlib import Path
+
 import torch
 from flwr.app import Context
 
-from .clients import CLIENTS, Learner, client_app
+from .clients import CLIENTS, ClientStore, Learner, client_app
 from .config import RunConfig
 from .errors import ConfigError
 from .sim import Federation
@@ -11,6 +13,8 @@ from .task import device_of, federation_of, model_of, recipe_of
 from .wire import CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
 FEWEST = 3  # nodes
+STATE_ROOT = "state-root"  # a key of the run config, and of a node's own
+STATE_FOLDER = "clients"  # in that of the results
 SURPLUS = "surplus"  # the role of a node for which the federation has no client
 
 
@@ -30,6 +34,7 @@ def client_fn(context: Context) -> Learner:
         name=federation.client_ids[index],
         device=device_of(config),
         context=context,
+        store=store_of(context, config),
         **recipe.client_options,
     )
 
@@ -49,6 +54,17 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
         CLIENT_NAME: federation.client_ids[index],
         DROPPED: federation.dropped,
     }
+
+
+def store_of(context: Context, config: RunConfig) -> ClientStore | None:
+    """Return where this node keeps clients' lasting state; None for a run without checkpoints.
+
+    A node's own ``state-root`` comes before the run's: on a SuperNode, paths are the machine's.
+    """
+    if not config.checkpoint_every:
+        return None
+    root = str(context.node_config.get(STATE_ROOT, "")) or config.state_root
+    return ClientStore(Path(root).expanduser() if root else Path(config.out) / STATE_FOLDER)
 
 
 def _place(context: Context, config: RunConfig) -> tuple[Federation, int]:

@@ -23,6 +23,18 @@ Count = Annotated[int, Field(ge=1)]
 CountOrDefault = Annotated[int, Field(ge=0)]
 
 DATA_ENVIRONMENT_VARIABLE = "METABLOOM_DATA"
+FREE_WHEN_RESUMED = (  # keys that do not decide what a run computes, only how far, where and when
+    "rounds",
+    "out",
+    "resume",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "state_root",
+    "data_root",
+    "download",
+    "timeout_s",
+    "device",
+)
 
 
 class RunConfig(BaseModel):
@@ -224,6 +236,10 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"configuration file {str(path)!r} cannot be read: {err.strerror}"
             ) from err
+
+    def identity(self) -> dict[str, Scalar]:
+        """Return the keys that decide what a run computes: a resumed run must have the same."""
+        return self.model_dump(by_alias=True, exclude=set(FREE_WHEN_RESUMED))
 
     def to_flower(self) -> dict[str, Scalar]:
         """Return every key with its value, hyphenated, as Flower's run config holds them."""

@@ -31,6 +31,10 @@ class WireError(MetabloomError, ValueError):
     """A message does not hold what the wire contract promises."""
 
 
+class CheckpointError(MetabloomError):
+    """A checkpoint cannot be written, or none of those that are there can be read."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a name that is not among ``known``, with the nearest one that is.
 

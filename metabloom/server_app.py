@@ -9,11 +9,14 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from .config import RunConfig
+from .errors import MetabloomError
 from .files import check_writable
 from .sim.results import results_of, write_results
-from .strategies import RoundReport
+from .strategies import Checkpoints, Firewall, RoundReport
 from .task import idle_keys, model_of, recipe_of
 from .wire import to_record
+
+CHECKPOINTS = "checkpoints"  # folder in that of the results
 
 app = ServerApp()
 
@@ -33,15 +36,26 @@ def run(
     """Run the configured strategy on ``grid`` and return the folder with the results.
 
     Raises:
-        MetabloomError: where the configuration, the model or the data cannot work, or no client
-            answers.
+        MetabloomError: where the configuration, the model, the data or the checkpoint to resume
+            from cannot work; once the results are written, where no round had enough good replies.
     """
     recipe, model = recipe_of(config), model_of(config)
-    check_writable(Path(config.out))
+    out = Path(config.out)
+    check_writable(out)
     strategy = recipe.strategy(
         seed=config.seed,
         clients_per_round=config.clients_per_round,
         eval_every=config.eval_every,
+        firewall=_firewall(config),
+        min_fit_replies=config.min_fit_replies,
+        max_offences=config.max_offences or None,
+        checkpoints=Checkpoints(
+            out / CHECKPOINTS,
+            every=config.checkpoint_every,
+            keep=config.checkpoints_kept,
+            settings=config.identity(),
+            resume=config.resume,
+        ),
         on_round=on_round,
         min_train_nodes=1,
         min_evaluate_nodes=1,
@@ -51,4 +65,21 @@ def run(
     result = strategy.start(
         grid, to_record(initial), num_rounds=config.rounds, timeout=config.timeout_s
     )
-    return write_results(Path(config.out), results_of(config, result), result.arrays)
+    write_results(out, results_of(config, result), result.arrays)
+    if all(report.skipped for report in result.rounds):
+        bad = [one for report in result.rounds for one in (*report.failures, *report.quarantined)]
+        client, reason = bad[0] if bad else ("nobody", "nothing")
+        raise MetabloomError(
+            f"no round had enough good replies, the model is the initial one; {client}: {reason}"
+        )
+    return out
+
+
+def _firewall(config: RunConfig) -> Firewall:
+    return Firewall(
+        max_value=config.max_value,
+        max_weight=config.max_weight,
+        max_share=config.max_share,
+        max_update_norm=config.max_update_norm or None,
+        norm_action=config.norm_action,
+    )

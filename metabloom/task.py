@@ -18,7 +18,7 @@ from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .strategies import STRATEGIES, Recipe
 
-STRATEGY_KEYS = (  # keys that some strategies read and others do not
+STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others do not
     "inner_steps",
     "order",
     "outer_lr",
@@ -30,6 +30,11 @@ STRATEGY_KEYS = (  # keys that some strategies read and others do not
     "proximal_mu",
     "ditto_lambda",
     "reptile_epsilon",
+    "weighting",
+    "aggregation",
+    "trim_beta",
+    "num_malicious",
+    "num_selected",
 )
 
 
@@ -40,10 +45,12 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 
 def idle_keys(config: RunConfig) -> list[str]:
-    """Return the keys that the configuration changes and its strategy never reads.
+    """Return the keys that the configuration changes and its strategy, as configured, never reads.
 
     >>> idle_keys(RunConfig.read({"strategy": "fedavg", "order": "first", "local-lr": 0.2}))
     ['order']
+    >>> idle_keys(RunConfig.read({"aggregation": "median", "weighting": "uniform"}))
+    ['weighting']
     """
     _import_plugins(config.plugins)
     watch = _Watch(config)

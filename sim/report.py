@@ -35,6 +35,7 @@ td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
 <p class="note">{progress_note}</p>
 {progress}
 {failures}
+{quarantined}
 <h2>Configuration</h2>
 {configuration}
 </body>
@@ -59,7 +60,8 @@ def render_report(results: dict[str, Any]) -> str:
         adaptation=_adaptation_curves(results["unseen"]),
         progress_note=PROGRESS_NOTE,
         progress=_progress(results["history"]),
-        failures=_failures(results),
+        failures=_bad_replies(results, "failures", "Failed replies"),
+        quarantined=_bad_replies(results, "quarantined", "Quarantined replies"),
         configuration=_table([(k, str(v)) for k, v in results["config"].items()]),
     )
 
@@ -79,6 +81,8 @@ def _summary(results: dict[str, Any]) -> str:
         ("sent down / up", f"{_mib(results['bytes_down'])} / {_mib(results['bytes_up'])}"),
         ("time", f"{results['seconds']:.1f} s"),
         ("failed replies", str(results["failures"])),
+        ("quarantined replies", str(results.get("quarantined", 0))),
+        *([("skipped rounds", str(results["skipped"]))] if results.get("skipped") else []),
     ]
     return _table(rows)
 
@@ -136,20 +140,20 @@ def _progress(history: list[dict[str, Any]]) -> str:
     return _html(figure, "round")
 
 
-def _failures(results: dict[str, Any]) -> str:
-    """Return the first failed replies with their reasons; nothing where all went well."""
-    failed = [
+def _bad_replies(results: dict[str, Any], fate: str, title: str) -> str:
+    """Return the first replies of that fate with their reasons; nothing where there are none."""
+    found = [
         (f"round {entry['round']}", one)
         for entry in results["history"]
-        for one in entry["failures"]
+        for one in entry.get(fate, [])
     ]
-    failed += [("unseen clients", one) for one in results["unseen"].get("failures", [])]
-    if not failed:
+    found += [("unseen clients", one) for one in results["unseen"].get(fate, [])]
+    if not found:
         return ""
-    rows = [(f"{when}, {one['client']}", one["reason"]) for when, one in failed[:REASONS]]
-    more = len(failed) - len(rows)
+    rows = [(f"{when}, {one['client']}", one["reason"]) for when, one in found[:REASONS]]
+    more = len(found) - len(rows)
     note = f'<p class="note">And {more} more, in results.json.</p>' if more else ""
-    return f"<h2>Failed replies</h2>\n{_table(rows)}\n{note}"
+    return f"<h2>{title}</h2>\n{_table(rows)}\n{note}"
 
 
 def _html(figure: go.Figure, x_title: str, *, ticks: list[int] | None = None) -> str:

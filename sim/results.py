@@ -41,6 +41,7 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "unseen": {
             **_adaptation(result.unseen, steps),
             "failures": _failures(result.final_failures),
+            "quarantined": _failures(result.final_quarantined),
         },
         "history": [_round(report, steps) for report in result.rounds],
         "bytes_down": sum(report.bytes_down for report in result.rounds),
@@ -48,6 +49,9 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "seconds": sum(report.seconds for report in result.rounds),
         "failures": sum(len(report.failures) for report in result.rounds)
         + len(result.final_failures),
+        "quarantined": sum(len(report.quarantined) for report in result.rounds)
+        + len(result.final_quarantined),
+        "skipped": sum(report.skipped for report in result.rounds),
     }
     if result.trained:
         data["trained"] = _adaptation(result.trained, steps)
@@ -89,6 +93,8 @@ def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
         "round": report.round,
         "clients": list(report.clients),
         "failures": _failures(report.failures),
+        "quarantined": _failures(report.quarantined),
+        "skipped": report.skipped,
         "train": report.train_metrics,
         "validation": validation,
         "bytes_down": report.bytes_down,

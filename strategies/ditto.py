@@ -12,7 +12,7 @@ from functools import partial
 
 from ..config import RunConfig
 from .fedavg import FedAvg, local_sgd
-from .recipe import STRATEGIES, Recipe, weighting_of
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
 
 
 class Ditto(FedAvg):
@@ -28,7 +28,11 @@ class Ditto(FedAvg):
 def recipe(config: RunConfig) -> Recipe:
     """FedAvg, with a personal model on each client that is pulled to the global one."""
     return Recipe(
-        strategy=partial(Ditto, weighting=weighting_of(config, "examples")),
+        strategy=partial(
+            Ditto,
+            weighting=weighting_of(config, "examples"),
+            aggregate=aggregation_of(config),
+        ),
         client="sgd",
         client_options={**local_sgd(config), "ditto_lambda": config.ditto_lambda},
     )

@@ -3,15 +3,16 @@ r"""FedAvg (McMahan et al., 1602.05629).
     w <- sum_i p_i w_i,    p_i = n_i / sum_S n
 
 over the clients that answered. Differences from ``flwr.serverapp.strategy.FedAvg``: seeded
-sampling, roles, float64 accumulation, and integer arrays keep their value and dtype.
+sampling, roles, float64 accumulation, and integer arrays keep their value and dtype. Another
+aggregation (``aggregation``) can stand in the mean's place.
 """
 
 from functools import partial
 from typing import Any
 
 from ..config import RunConfig
-from .recipe import STRATEGIES, Recipe, weighting_of
-from .rules import Weighting, interpolate
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
+from .rules import Aggregation, Weighting, interpolate, mean
 from .shell import RuleStrategy
 
 
@@ -20,11 +21,18 @@ class FedAvg(RuleStrategy):
 
     Args:
         weighting: "examples" (p_i = n_i / sum n) or "uniform".
+        aggregate: how the models become one: ``mean``, ``median()``, ...
         shell: see ``RuleStrategy``.
     """
 
-    def __init__(self, *, weighting: Weighting = "examples", **shell: Any) -> None:
-        super().__init__(interpolate(weighting=weighting), **shell)
+    def __init__(
+        self,
+        *,
+        weighting: Weighting = "examples",
+        aggregate: Aggregation = mean,
+        **shell: Any,
+    ) -> None:
+        super().__init__(interpolate(weighting=weighting, aggregate=aggregate), **shell)
 
 
 def local_sgd(config: RunConfig) -> dict[str, object]:
@@ -40,7 +48,11 @@ def local_sgd(config: RunConfig) -> dict[str, object]:
 def recipe(config: RunConfig) -> Recipe:
     """Weighted mean of locally trained models; fine-tuned on the support set at evaluation."""
     return Recipe(
-        strategy=partial(FedAvg, weighting=weighting_of(config, "examples")),
+        strategy=partial(
+            FedAvg,
+            weighting=weighting_of(config, "examples"),
+            aggregate=aggregation_of(config),
+        ),
         client="sgd",
         client_options=local_sgd(config),
     )

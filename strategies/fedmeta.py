@@ -19,8 +19,8 @@ import torch
 
 from ..config import RunConfig
 from ..errors import ConfigError, unknown_name
-from .recipe import STRATEGIES, Recipe, weighting_of
-from .rules import OptimizerFactory, Weighting, server_optimizer
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
+from .rules import Aggregation, OptimizerFactory, Weighting, mean, server_optimizer
 from .shell import RuleStrategy
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -40,6 +40,7 @@ class FedMeta(RuleStrategy):
             (then ``lr`` is not used).
         lr: the server's learning rate (beta), > 0.
         weighting: "uniform" (q_i = 1/n) or "examples".
+        aggregate: how the meta-gradients become one: ``mean``, ``median()``, ...
         shell: see ``RuleStrategy``.
 
     Raises:
@@ -52,10 +53,12 @@ class FedMeta(RuleStrategy):
         optimizer: str | OptimizerFactory = "adam",
         lr: float = 0.01,
         weighting: Weighting = "uniform",
+        aggregate: Aggregation = mean,
         **shell: Any,
     ) -> None:
         factory = _factory(optimizer, lr) if isinstance(optimizer, str) else optimizer
-        super().__init__(server_optimizer(factory, weighting=weighting), **shell)
+        rule = server_optimizer(factory, weighting=weighting, aggregate=aggregate)
+        super().__init__(rule, **shell)
 
 
 def _factory(name: str, lr: float) -> OptimizerFactory:
@@ -75,6 +78,7 @@ def recipe(config: RunConfig) -> Recipe:
             optimizer=config.server_optimizer,
             lr=config.outer_lr or 0.01,
             weighting=weighting_of(config, "uniform"),
+            aggregate=aggregation_of(config),
         ),
         client="maml",
         client_options={

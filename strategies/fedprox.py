@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from ..config import RunConfig
 from ..errors import ConfigError
 from .fedavg import FedAvg, local_sgd
-from .recipe import STRATEGIES, Recipe, weighting_of
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
 
 
 class FedProx(FedAvg):
@@ -52,6 +52,7 @@ def recipe(config: RunConfig) -> Recipe:
             FedProx,
             proximal_mu=config.proximal_mu,
             weighting=weighting_of(config, "examples"),
+            aggregate=aggregation_of(config),
         ),
         client="sgd",
         client_options=local_sgd(config),

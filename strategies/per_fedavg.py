@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import RunConfig
 from .fedavg import FedAvg
-from .recipe import STRATEGIES, Recipe, weighting_of
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
 from .rules import Weighting
 
 
@@ -31,7 +31,11 @@ class PerFedAvg(FedAvg):
 def recipe(config: RunConfig) -> Recipe:
     """Local meta-steps with three independent batches each, then the mean of the models."""
     return Recipe(
-        strategy=partial(PerFedAvg, weighting=weighting_of(config, "uniform")),
+        strategy=partial(
+            PerFedAvg,
+            weighting=weighting_of(config, "uniform"),
+            aggregate=aggregation_of(config),
+        ),
         client="maml",
         client_options={
             "outer_lr": config.outer_lr or 0.1,

@@ -1,11 +1,17 @@
 """A registry name's meaning: the server's strategy and its clients' local update."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import WARNING
+
+from flwr.common import log
 
 from ..config import RunConfig
 from ..registry import Registry
-from .rules import Weighting
+from ..wire import NamedArrays
+from .aggregation import median, multi_krum, trimmed_mean
+from .rules import Aggregation, Arrays, Reply, Weighting, mean
 from .shell import RuleStrategy
 
 
@@ -33,5 +39,43 @@ STRATEGIES: Registry[Callable[[RunConfig], Recipe]] = Registry("strategy")
 
 
 def weighting_of(config: RunConfig, usual: Weighting) -> Weighting:
-    """Return the configured weighting, or the strategy's ``usual`` one where that is "auto"."""
+    """Return the configured weighting, or the strategy's ``usual`` one where that is "auto".
+
+    Aggregations that ignore the weighting do not read it either: it is then told to be idle.
+    """
+    if config.aggregation in ("median", "trimmed-mean"):
+        return usual
     return usual if config.weighting == "auto" else config.weighting
+
+
+def aggregation_of(config: RunConfig) -> Aggregation:
+    """Return the configured aggregation; it warns, once, where replies are too few."""
+    match config.aggregation:
+        case "median":
+            return _warning_below(3, "median", median())
+        case "trimmed-mean":
+            beta = config.trim_beta
+            needed = math.ceil(1 / beta - 1e-9) if beta else 1  # so that one value is cut
+            return _warning_below(needed, f"trimmed-mean, trim-beta {beta:g}", trimmed_mean(beta))
+        case "multi-krum":
+            f = config.num_malicious
+            krum = multi_krum(f, config.num_selected)
+            needed = 2 * f + 3 if f else 1
+            return _warning_below(needed, f"multi-krum, num-malicious {f}", krum)
+        case _:
+            return mean
+
+
+def _warning_below(needed: int, name: str, aggregate: Aggregation) -> Aggregation:
+    """Return ``aggregate``, which logs a warning the first time that it gets too few replies."""
+    told = False
+
+    def warning(sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting) -> Arrays:
+        nonlocal told
+        n = len(replies)
+        if n < needed and not told:
+            told = True
+            log(WARNING, "%s: %d replies, it takes %d to resist a bad one", name, n, needed)
+        return aggregate(sent, replies, weighting)
+
+    return warning

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..config import RunConfig
 from .fedavg import local_sgd
-from .recipe import STRATEGIES, Recipe, weighting_of
-from .rules import Weighting, interpolate
+from .recipe import STRATEGIES, Recipe, aggregation_of, weighting_of
+from .rules import Aggregation, Weighting, interpolate, mean
 from .shell import RuleStrategy
 
 
@@ -21,6 +21,7 @@ class Reptile(RuleStrategy):
     Args:
         epsilon: length of the step, > 0.
         weighting: "uniform" or "examples".
+        aggregate: how the models become one: ``mean``, ``median()``, ...
         shell: see ``RuleStrategy``.
 
     Raises:
@@ -28,9 +29,14 @@ class Reptile(RuleStrategy):
     """
 
     def __init__(
-        self, *, epsilon: float = 1.0, weighting: Weighting = "uniform", **shell: Any
+        self,
+        *,
+        epsilon: float = 1.0,
+        weighting: Weighting = "uniform",
+        aggregate: Aggregation = mean,
+        **shell: Any,
     ) -> None:
-        super().__init__(interpolate(epsilon, weighting=weighting), **shell)
+        super().__init__(interpolate(epsilon, weighting=weighting, aggregate=aggregate), **shell)
 
 
 @STRATEGIES.register("reptile")
@@ -38,7 +44,10 @@ def recipe(config: RunConfig) -> Recipe:
     """Local SGD, then a step of length epsilon towards the clients' mean."""
     return Recipe(
         strategy=partial(
-            Reptile, epsilon=config.reptile_epsilon, weighting=weighting_of(config, "uniform")
+            Reptile,
+            epsilon=config.reptile_epsilon,
+            weighting=weighting_of(config, "uniform"),
+            aggregate=aggregation_of(config),
         ),
         client="sgd",
         client_options=local_sgd(config),

@@ -63,14 +63,18 @@ class Node:
 
 
 class Roster:
-    """All nodes that were ever heard, and which of them are connected now."""
+    """All nodes that were ever heard, and which of them are connected now.
 
-    def __init__(self) -> None:
+    Args:
+        told: names of nodes whose fault is known already, from the part of the run before a resume.
+    """
+
+    def __init__(self, told: Iterable[str] = ()) -> None:
         self._heard: dict[int, Node] = {}
         self._present: list[int] = []
         self._calls: Counter[int] = Counter()
         self._grace_s = GATHER_S
-        self._told: set[int] = set()
+        self._told = set(told)  # names
 
     def gather(self, grid: Grid, *, min_nodes: int, timeout_s: float) -> None:
         """Ask nodes that have not answered yet, and wait, within bounds, for those there should be.
@@ -129,9 +133,14 @@ class Roster:
     def new_faults(self) -> list[tuple[str, str]]:
         """Return (name, reason) of nodes that cannot take part and were not told before."""
         faulty = [node for node in self._connected() if self._fault(node)]
-        new = [node for node in faulty if node.node_id not in self._told]
-        self._told |= {node.node_id for node in new}
+        new = [node for node in faulty if node.name not in self._told]
+        self._told |= {node.name for node in new}
         return [(node.name, self._fault(node)) for node in sorted(new, key=lambda n: n.order)]
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The nodes whose fault ``new_faults`` has returned, by name."""
+        return tuple(sorted(self._told))
 
     def first_fault(self) -> str:
         """Return "NAME says: REASON" of the first node that cannot take part; "" if all can."""

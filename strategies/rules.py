@@ -4,6 +4,9 @@ A rule is a pair (init, update): ``state = init(arrays)``; ``state, arrays = upd
 replies)``. Rules see NumPy arrays and plain numbers, never Flower's messages; the shell around them
 does the talking. Sums are accumulated in float64 and given back in the dtype that came in. Integer
 arrays (counters) are not averaged: the value that was sent stays.
+
+How the clients' arrays become one is an ``Aggregation``, ``mean`` unless a rule is given another;
+``aggregation`` has those that resist bad clients.
 """
 
 import copy
@@ -32,6 +35,11 @@ class Reply:
 
     arrays: NamedArrays
     num_examples: float
+
+
+# aggregation(sent, replies, weighting), of one reply or more: float64 for floating arrays, the
+# arrays of ``sent`` for others.
+Aggregation = Callable[[NamedArrays, Sequence[Reply], Weighting], Arrays]
 
 
 @dataclass(frozen=True)
@@ -66,27 +74,32 @@ def weights_of(replies: Sequence[Reply], weighting: Weighting) -> np.ndarray:
     return shares
 
 
-def weighted_mean(
-    sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting
-) -> dict[str, np.ndarray]:
+def is_floating(value: np.ndarray) -> bool:
+    """Return whether ``value`` is aggregated: counters and flags are not."""
+    return np.issubdtype(value.dtype, np.floating)
+
+
+def mean(sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting) -> Arrays:
     """Return sum_i p_i w_i in float64 for floating arrays, the arrays of ``sent`` for others."""
     p = weights_of(replies, weighting)
-    mean: Arrays = {}
+    result: Arrays = {}
     for name, value in sent.items():
-        if not np.issubdtype(value.dtype, np.floating):
-            mean[name] = value
+        if not is_floating(value):
+            result[name] = value
             continue
         total = np.zeros(value.shape, dtype=np.float64)
         for share, reply in zip(p, replies, strict=True):
             total += share * reply.arrays[name].astype(np.float64)
-        mean[name] = total
-    return mean
+        result[name] = total
+    return result
 
 
-def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> Rule:
-    """Return the rule w <- (1 - epsilon) w + epsilon * sum_i p_i w_i.
+def interpolate(
+    epsilon: float = 1.0, *, weighting: Weighting = "examples", aggregate: Aggregation = mean
+) -> Rule:
+    """Return the rule w <- (1 - epsilon) w + epsilon * x, with x the aggregate of the replies.
 
-    epsilon = 1 is FedAvg; Reptile takes any.
+    epsilon = 1 is FedAvg, where x = sum_i p_i w_i, the ``mean``; Reptile takes any.
 
     Raises:
         ConfigError: where epsilon is not a finite number above 0, or the weighting is unknown.
@@ -96,14 +109,14 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
         raise ConfigError(f"epsilon = {epsilon!r}: must be a finite number above 0")
 
     def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
-        mean = weighted_mean(sent, replies, weighting)
-        if epsilon == 1.0:  # exactly the mean, to the bit
-            return state, {name: mean[name].astype(sent[name].dtype) for name in sent}
+        goal = aggregate(sent, replies, weighting)
+        if epsilon == 1.0:  # exactly the goal, to the bit
+            return state, {name: goal[name].astype(sent[name].dtype) for name in sent}
         new = {
             name: np.asarray(
-                (1 - epsilon) * value.astype(np.float64) + epsilon * mean[name], dtype=value.dtype
+                (1 - epsilon) * value.astype(np.float64) + epsilon * goal[name], dtype=value.dtype
             )
-            if np.issubdtype(value.dtype, np.floating)
+            if is_floating(value)
             else value
             for name, value in sent.items()
         }
@@ -112,18 +125,22 @@ def interpolate(epsilon: float = 1.0, *, weighting: Weighting = "examples") -> R
     return Rule(init=lambda _: {}, update=update)
 
 
-def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "uniform") -> Rule:
-    """Return the rule that gives the pseudo-gradient w - sum_i p_i w_i to a torch.optim optimiser.
+def server_optimizer(
+    factory: OptimizerFactory, *, weighting: Weighting = "uniform", aggregate: Aggregation = mean
+) -> Rule:
+    """Return the rule that gives the pseudo-gradient w - x to a torch.optim optimiser.
 
+    x is the aggregate of the replies, usually their mean sum_i p_i w_i.
     The optimiser's state persists over the rounds. It computes in float64 whatever the arrays'
     dtype is: in float16, Adam's epsilon of 1e-8 is 0 and a gradient of 0 makes the model NaN.
-    Running statistics of BatchNorm, known by their names, take the mean: a step of Adam could make
+    Running statistics of BatchNorm, known by their names, take x itself: a step of Adam could make
     a variance negative. An array that no client ever changed (a frozen layer) stays, whatever
     weight decay the optimiser has.
 
     Args:
         factory: ``factory(parameters) -> torch.optim.Optimizer``; the parameters are float64.
         weighting: "uniform" or "examples".
+        aggregate: ``mean`` or another aggregation.
 
     Raises:
         ConfigError: where the weighting is unknown.
@@ -131,18 +148,18 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
     check_weighting(weighting)
 
     def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
-        mean = weighted_mean(sent, replies, weighting)
+        goal = aggregate(sent, replies, weighting)
         floating = [
             name
             for name, value in sent.items()
-            if np.issubdtype(value.dtype, np.floating) and not name.endswith(STATISTICS)
+            if is_floating(value) and not name.endswith(STATISTICS)
         ]
-        averaged = {name: mean[name].astype(sent[name].dtype) for name in sent}
+        as_is = {name: goal[name].astype(sent[name].dtype) for name in sent}
         if not floating:
-            return state, averaged
+            return state, as_is
         params = [torch.tensor(sent[name], dtype=torch.float64) for name in floating]
         for name, param in zip(floating, params, strict=True):
-            param.requires_grad_().grad = param.detach() - torch.from_numpy(mean[name])
+            param.requires_grad_().grad = param.detach() - torch.from_numpy(goal[name])
         optimizer = factory(params)
         if state:  # load_state_dict keeps tensors: without a copy the old state would change
             optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -156,7 +173,7 @@ def server_optimizer(factory: OptimizerFactory, *, weighting: Weighting = "unifo
             if name in trained
         }
         new_state = {"optimizer": optimizer.state_dict(), "trained": sorted(trained)}
-        return new_state, {name: stepped.get(name, averaged[name]) for name in sent}
+        return new_state, {name: stepped.get(name, as_is[name]) for name in sent}
 
     return Rule(init=lambda _: {}, update=update)
 

@@ -1,17 +1,16 @@
-"""The shared Flower shell: roll call, seeded sampling, a pure rule, evaluation by role.
+"""The shared Flower shell: roll call, sampling, firewall, a pure rule, evaluation, checkpoints.
 
 ``RuleStrategy`` is a Flower FedAvg: it takes FedAvg's keyword arguments, runs under Flower's own
 ``Strategy.start`` loop and touches nothing but the Grid, so the same object works in the simulator,
 under ``flwr run`` and on a SuperLink.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
+import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -26,26 +25,26 @@ from flwr.serverapp.strategy import FedAvg
 
 from ..errors import ConfigError, MetabloomError
 from ..streams import numpy_stream
-from ..wire import SERVER_ROUND, from_record, to_record
+from ..wire import KEPT_ROUND, RUN_TOKEN, SERVER_ROUND, NamedArrays, from_record, size_of, to_record
+from .checkpoint import Checkpoints, Snapshot
+from .exchange import sort_replies
+from .firewall import DIVERGED, Firewall, Judged, clipped, not_finite
+from .history import History
+from .reply_metrics import (
+    aggregate_metrics,
+    finite_metrics,
+    numbers_of,
+    records_of,
+    weight_of,
+    with_metrics,
+)
 from .reports import ClientScore, RoundReport, RunResult
+from .resume import ResumedRun, Saver, snapshot_to_resume
 from .roll_call import Node, Roster
+from .round import RoundInProgress
 from .rules import Reply, Rule, State
 
-
-@dataclass
-class _Round:
-    """What is known of the round in progress."""
-
-    number: int = 0
-    sent: dict[str, Any] = field(default_factory=dict)
-    started: float = 0.0
-    clients: tuple[str, ...] = ()
-    messages: list[Message] = field(default_factory=list)
-    recipients: dict[str, int] = field(default_factory=dict)  # message id -> node
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    train_metrics: dict[str, float] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class RuleStrategy(FedAvg):
@@ -59,6 +58,12 @@ class RuleStrategy(FedAvg):
             ``min_train_nodes`` decide.
         eval_every: validate every so many rounds; 0: never. The unseen clients are evaluated once,
             after the last round.
+        firewall: what replies are refused; None: the defaults of ``Firewall``.
+        min_fit_replies: good replies that a round needs, >= 1; with fewer the model stays as it is
+            and the round is marked as skipped.
+        max_offences: a client with so many bad replies (raised, or refused) is not sampled any
+            more; None: all always are.
+        checkpoints: where the state is saved and resumed from; None: nowhere.
         on_round: called with a RoundReport after each round (a progress bar).
         fedavg: any keyword argument of Flower's FedAvg.
 
@@ -75,6 +80,10 @@ class RuleStrategy(FedAvg):
         seed: int = 0,
         clients_per_round: int | None = None,
         eval_every: int = 1,
+        firewall: Firewall | None = None,
+        min_fit_replies: int = 1,
+        max_offences: int | None = None,
+        checkpoints: Checkpoints | None = None,
         on_round: Callable[[RoundReport], None] | None = None,
         **fedavg: Any,
     ) -> None:
@@ -82,20 +91,36 @@ class RuleStrategy(FedAvg):
             raise ConfigError(f"clients_per_round = {clients_per_round}: must be at least 1")
         if eval_every < 0:
             raise ConfigError(f"eval_every = {eval_every}: must be at least 0 (0: never)")
+        if min_fit_replies < 1:
+            raise ConfigError(f"min_fit_replies = {min_fit_replies}: must be at least 1")
+        if max_offences is not None and max_offences < 1:
+            raise ConfigError(f"max_offences = {max_offences}: must be at least 1, or None")
         super().__init__(**fedavg)
         self.rule = rule
         self.seed = seed
         self.clients_per_round = clients_per_round
         self.eval_every = eval_every
+        self.firewall = firewall or Firewall()
+        self.min_fit_replies = min_fit_replies
+        self.max_offences = max_offences
+        self.checkpoints = checkpoints and replace(
+            checkpoints,
+            settings={"strategy": type(self).__name__, "seed": seed, **checkpoints.settings},
+        )
         self.on_round = on_round
-        self._reset()
+        self._begin(None, {}, 3600.0)
 
-    def _reset(self) -> None:
-        self._state: State | None = None
-        self._roster = Roster()
-        self._timeout = 3600.0
-        self._round = _Round()
-        self._reports: list[RoundReport] = []
+    def _begin(self, kept: Snapshot | None, arrays: NamedArrays, timeout_s: float) -> None:
+        """Set the state of a run, from a snapshot or anew."""
+        self._arrays = kept.arrays if kept else arrays
+        self._state: State | None = kept.state if kept else None
+        self._history = History.of(kept) if kept else History()
+        self._roster = Roster(kept.told if kept else ())
+        self._round = RoundInProgress()
+        self._saver = Saver(self.checkpoints, kept)
+        self._timeout = timeout_s
+        self._closes_with_evaluate_fn = False
+        self._fewest_told = -1
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -109,34 +134,45 @@ class RuleStrategy(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> RunResult:
-        """Run Flower's loop for ``num_rounds``, then evaluate the unseen clients.
+        """Run Flower's loop up to round ``num_rounds``, then evaluate the unseen clients.
 
-        Arguments as in Flower.
+        Arguments as in Flower. With ``checkpoints`` that say so, the run goes on from the newest
+        one. Whatever ends the run early (Ctrl-C, an error), the last whole round is saved first.
 
         Raises:
-            MetabloomError: where too few nodes connect, or no client answered in any round (with
-                the first reason).
+            MetabloomError: where too few nodes connect, or none of them can train.
+            ConfigError: where the checkpoint is of another run; see ``snapshot_to_resume``.
         """
-        self._reset()
-        self._timeout = timeout
-        result = super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
-        if num_rounds and self.fraction_train and not result.arrays:
-            failures = [one for report in self._reports for one in report.failures]
-            client, reason = failures[0] if failures else ("nobody", "nothing")
-            raise MetabloomError(f"no client answered in any round; {client} said: {reason}")
-        arrays = result.arrays or initial_arrays
+        initial = from_record(initial_arrays)
+        kept = snapshot_to_resume(self.checkpoints, initial, num_rounds)
+        self._begin(kept, initial, timeout)
+        done = kept.round if kept else 0
+        first = to_record(kept.arrays) if kept else initial_arrays
+        loop = ResumedRun(self, done).start if done else super().start
+        scored = evaluate_fn and self._recorded(evaluate_fn, done)
+        try:
+            result = loop(
+                grid, first, num_rounds - done, timeout, train_config, evaluate_config, scored
+            )
+        finally:
+            self._saver.flush()
+        arrays = result.arrays or first
         config = evaluate_config or ConfigRecord()
-        self._round = _Round(number=num_rounds)
+        self._round = RoundInProgress(num_rounds)
+        if done == num_rounds:  # nothing was left to train, and so no roll was called
+            self._gather(grid)
         unseen = self._final_scores(grid, arrays, config, "unseen")
         trained = self.scores_training_clients
         return RunResult(
-            **{**vars(result), "arrays": arrays},
-            rounds=list(self._reports),
+            arrays=arrays,
+            train_metrics_clientapp=self._history.train_metrics,
+            evaluate_metrics_clientapp=self._history.evaluate_metrics,
+            evaluate_metrics_serverapp=self._history.server_metrics,
+            rounds=list(self._history.reports),
             unseen=unseen,
             trained=self._final_scores(grid, arrays, config, "train") if trained else [],
             final_failures=tuple(self._round.failures),
+            final_quarantined=tuple(self._round.quarantined),
             clients=self._roster.counts(),
             dropped=self._roster.dropped,
         )
@@ -145,6 +181,7 @@ class RuleStrategy(FedAvg):
         """Log FedAvg's summary and what the shell adds to it."""
         log(INFO, "\t├──> Clients per round: %s", self.clients_per_round or "by fraction_train")
         log(INFO, "\t├──> Validation: every %s rounds", self.eval_every)
+        log(INFO, "\t├──> Firewall: %s", self.firewall)
         super().summary()
 
     # -- training ----------------------------------------------------------------------------------
@@ -153,9 +190,8 @@ class RuleStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return train messages to the round's sample of the training nodes."""
-        self._round = _Round(
-            number=server_round, sent=from_record(arrays), started=time.perf_counter()
-        )
+        self._round = RoundInProgress(server_round)
+        self._arrays = from_record(arrays)
         if self.fraction_train == 0.0:
             return []
         self._gather(grid)
@@ -163,30 +199,46 @@ class RuleStrategy(FedAvg):
         if not candidates:
             why = self._roster.first_fault() or "no node has the role 'train'"
             raise MetabloomError(f"round {server_round}: nobody can train; {why}")
+        trusted = [node for node in candidates if not self._is_offender(node)]
         size = self.clients_per_round or max(
             int(len(candidates) * self.fraction_train), self.min_train_nodes
         )
-        chosen = self._sample(candidates, size, "sample", server_round)
+        chosen = self._sample(trusted, size, "sample", server_round)
         self._round.clients = tuple(node.name for node in chosen)
         return self._messages(arrays, config, chosen, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the next model and the metrics, or (None, None) where no client answered."""
-        good = self._good(replies, is_train=True)
-        if not good:
-            log(WARNING, "round %d: no client answered, the model stays as it is", server_round)
+        """Return the next model and the metrics, or (None, None) where the round is skipped."""
+        if self.fraction_train == 0.0:
             return None, None
-        contents = [message.content for message in good]
-        answers = [self._answer(content) for content in contents]
-        self._round.bytes_up += sum(_size(r) for c in contents for r in c.array_records.values())
-        sent = self._round.sent
-        state = self.rule.init(sent) if self._state is None else self._state
-        self._state, new = self.rule.update(state, sent, answers)
-        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        self._round.train_metrics = _numbers(metrics)
+        good = [one for _, one in self._good(replies, self._arrays)]
+        if len(good) < self.min_fit_replies:
+            asked = len(self._round.clients)
+            few = f"{len(good)} good replies of {asked}, {self.min_fit_replies} are needed"
+            return self._skip(few)
+        # Values that overflow are found by their result.
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = self.rule.init(self._arrays) if self._state is None else self._state
+            answers = [self._answer(one) for one in good]
+            state, new = self.rule.update(state, self._arrays, answers)
+        if wild := not_finite(new):
+            return self._skip(f"the aggregated array {wild!r} {DIVERGED}")
+        self._state, self._arrays = state, new
+        contents = [one.message.content for one in good]
+        self._round.bytes_up += sum(
+            size_of(r) for c in contents for r in records_of(c, ArrayRecord)
+        )
+        metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, self.weighted_by_key)
+        self._round.train_metrics = numbers_of(metrics)
+        self._history.train_metrics[server_round] = metrics
         return to_record(new), metrics
+
+    def _skip(self, reason: str) -> tuple[None, None]:
+        self._round.skipped = True
+        log(WARNING, "round %d is skipped, the model stays: %s", self._round.number, reason)
+        return None, None
 
     # -- evaluation --------------------------------------------------------------------------------
 
@@ -208,18 +260,32 @@ class RuleStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Close the round and return the aggregated metrics; None where no client was asked."""
-        good = self._good(replies, is_train=False)
-        scores = tuple(self._score(message) for message in good)
+        """Return the aggregated metrics; None where no client was asked, or none answered."""
+        self._round.validation, contents = self._scores(replies)
         metrics = None
-        if good:
-            contents = [message.content for message in good]
-            metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-        report = self._close_round(scores)
-        self._reports.append(report)
-        if self.on_round:
-            self.on_round(report)
+        if contents:
+            aggregate = self.evaluate_metrics_aggr_fn
+            metrics = aggregate_metrics(contents, aggregate, self.weighted_by_key)
+            self._history.evaluate_metrics[server_round] = metrics
+        if not self._closes_with_evaluate_fn:  # which comes after this
+            self._close_round()
         return metrics
+
+    def _recorded(self, evaluate_fn: EvaluateFn, done: int) -> EvaluateFn:
+        """Return ``evaluate_fn`` for a loop that begins after round ``done``; it closes rounds."""
+        self._closes_with_evaluate_fn = True
+
+        def evaluate(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if done and not loop_round:
+                return None  # the model that is resumed from was evaluated in its own round
+            metrics = evaluate_fn(loop_round + done, arrays)
+            if metrics is not None:
+                self._history.server_metrics[loop_round + done] = metrics
+            if loop_round:
+                self._close_round()
+            return metrics
+
+        return evaluate
 
     def _final_scores(
         self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, role: str
@@ -227,7 +293,17 @@ class RuleStrategy(FedAvg):
         nodes = [node for node in self._roster.with_role(role) if node.role]
         messages = self._messages(arrays, config, nodes, MessageType.EVALUATE)
         replies = grid.send_and_receive(messages, timeout=self._timeout) if messages else []
-        return [self._score(message) for message in self._good(replies, is_train=False)]
+        return list(self._scores(replies)[0])
+
+    # -- the end of a round ------------------------------------------------------------------------
+
+    def _close_round(self) -> None:
+        report = self._round.report()
+        self._history.reports.append(report)
+        told = self._roster.told
+        self._saver.offer(self._history.snapshot(report.round, self._arrays, self._state, told))
+        if self.on_round:
+            self.on_round(report)
 
     # -- nodes -------------------------------------------------------------------------------------
 
@@ -237,8 +313,13 @@ class RuleStrategy(FedAvg):
             log(WARNING, "%s cannot take part: %s", name, reason)
             self._round.failures.append((name, reason))
 
+    def _is_offender(self, node: Node) -> bool:
+        bound = self.max_offences
+        return bound is not None and self._history.offences[node.name] >= bound
+
     def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
-        if size > len(nodes):
+        if size > len(nodes) != self._fewest_told:
+            self._fewest_told = len(nodes)
             log(WARNING, "%d clients wanted, %d there are: all of them take part", size, len(nodes))
         picks = numpy_stream(self.seed, purpose, server_round).choice(
             len(nodes), size=min(size, len(nodes)), replace=False
@@ -250,80 +331,67 @@ class RuleStrategy(FedAvg):
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
     ) -> list[Message]:
+        told: dict[str, int | str] = {SERVER_ROUND: self._round.number}
+        if self.checkpoints and self.checkpoints.every:
+            told |= {RUN_TOKEN: self._history.token, KEPT_ROUND: self.checkpoints.oldest()}
         record = RecordDict(
             {
                 self.arrayrecord_key: arrays,
-                self.configrecord_key: ConfigRecord({**config, SERVER_ROUND: self._round.number}),
+                self.configrecord_key: ConfigRecord({**config, **told}),
             }
         )
-        self._round.bytes_down += _size(arrays) * len(nodes)
+        self._round.bytes_down += size_of(arrays) * len(nodes)
         ids = [node.node_id for node in nodes]
         self._round.messages = list(self._construct_messages(record, ids, kind))
         return list(self._round.messages)
 
-    def _good(self, replies: Iterable[Message], *, is_train: bool) -> list[Message]:
-        """Return the usable replies, by partition; note the others and the missing."""
-        received = list(replies)
-        # Grids give messages their ids when they send them.
-        sent, self._round.messages = self._round.messages, []
-        self._round.recipients = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
-        good, bad = self._check_and_log_replies(received, is_train=is_train)
-        reasons = [(message, message.error.reason or "no reason given") for message in bad]
-        if is_train:
-            reasons += [(message, self._weight_fault(message)) for message in good]
-        faults = [(message, reason) for message, reason in reasons if reason]
-        self._round.failures += [(self._node(message).name, reason) for message, reason in faults]
-        answered = {self._node(message).node_id for message in received}
-        for node_id in self._round.recipients.values():
-            if node_id not in answered:
-                missing = f"no reply within {self._timeout:g} s"
-                self._round.failures.append((self._roster.get(node_id).name, missing))
-        left_out = {id(message) for message, _ in faults}
-        usable = [message for message in good if id(message) not in left_out]
-        return sorted(usable, key=lambda message: self._node(message).order)
-
-    def _weight_fault(self, message: Message) -> str:
-        (metrics,) = message.content.metric_records.values()
-        value = metrics[self.weighted_by_key]
-        if isinstance(value, int | float) and 0 < value < math.inf:
-            return ""
-        return f"{self.weighted_by_key} is {value!r}: a finite number above 0 is needed"
-
-    def _node(self, message: Message) -> Node:
-        """Return the node that a reply is of; the SuperLink answers for a node that was lost."""
-        metadata = message.metadata
-        known = self._round.recipients.get(metadata.reply_to_message_id, metadata.src_node_id)
-        return self._roster.get(known)
-
-    def _answer(self, content: RecordDict) -> Reply:
-        (arrays,) = content.array_records.values()
-        (metrics,) = content.metric_records.values()
-        return Reply(from_record(arrays), float(metrics[self.weighted_by_key]))  # type: ignore[arg-type]  # checked: no list
-
-    def _score(self, message: Message) -> ClientScore:
-        node = self._node(message)
-        (metrics,) = message.content.metric_records.values()
-        numbers = _numbers(metrics)
-        count = numbers.pop(self.weighted_by_key, 0.0)
-        return ClientScore(node.name, node.partition_id, node.role or "train", count, numbers)
-
-    def _close_round(self, scores: tuple[ClientScore, ...]) -> RoundReport:
-        now = self._round
-        return RoundReport(
-            round=now.number,
-            clients=now.clients,
-            failures=tuple(now.failures),
-            train_metrics=now.train_metrics,
-            validation=scores,
-            bytes_down=now.bytes_down,
-            bytes_up=now.bytes_up,
-            seconds=time.perf_counter() - now.started,
+    def _good(
+        self, replies: Iterable[Message], sent: NamedArrays | None
+    ) -> list[tuple[Node, Judged]]:
+        """Return the good replies, by partition; note the others and the missing."""
+        messages, self._round.messages = self._round.messages, []
+        exchange = sort_replies(
+            messages,
+            replies,
+            sent=sent,
+            firewall=self.firewall,
+            weight_key=self.weighted_by_key,
+            timeout_s=self._timeout,
         )
+        for node_id, reason in (*exchange.failed, *exchange.lost):
+            self._note(self._round.failures, node_id, "failed", reason)
+        for node_id, reason in exchange.refused:
+            self._note(self._round.quarantined, node_id, "is quarantined", reason)
+        for node_id, _ in (*exchange.failed, *exchange.refused):
+            self._history.offences[self._roster.get(node_id).name] += 1
+        good = [(self._roster.get(node_id), one) for node_id, one in exchange.good]
+        return sorted(good, key=lambda pair: pair[0].order)
 
+    def _note(self, where: list[tuple[str, str]], node_id: int, fate: str, reason: str) -> None:
+        name = self._roster.get(node_id).name
+        where.append((name, reason))
+        log(WARNING, "round %d: %s %s: %s", self._round.number, name, fate, reason)
 
-def _size(record: ArrayRecord) -> int:
-    return sum(len(array.data) for array in record.values())
+    def _answer(self, judged: Judged) -> Reply:
+        arrays, bound = judged.arrays, self.firewall.max_update_norm
+        if bound is not None and self.firewall.norm_action == "clip":
+            arrays = clipped(arrays, self._arrays, bound)
+        return Reply(arrays, weight_of(judged.message.content, self.weighted_by_key))
 
-
-def _numbers(metrics: MetricRecord) -> dict[str, float]:
-    return {name: float(v) for name, v in metrics.items() if not isinstance(v, list)}
+    def _scores(
+        self, replies: Iterable[Message]
+    ) -> tuple[tuple[ClientScore, ...], list[RecordDict]]:
+        """Return the scores in good replies, and these replies; what diverged is left out."""
+        scores, contents = [], []
+        for node, judged in self._good(replies, None):
+            content = judged.message.content
+            metrics, wild = finite_metrics(content)
+            self._round.quarantined += [
+                (node.name, f"metric {name!r} {DIVERGED}: left out") for name in wild
+            ]
+            contents.append(with_metrics(content, metrics) if wild else content)
+            numbers = numbers_of(metrics)
+            count = numbers.pop(self.weighted_by_key)
+            role = node.role or "train"
+            scores.append(ClientScore(node.name, node.partition_id, role, count, numbers))
+        return tuple(scores), contents

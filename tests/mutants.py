@@ -4,11 +4,14 @@ Each is a mistake that was made in public, or that is easy to make, with the sig
 stands in for.
 """
 
+import numpy as np
 import torch
 from torch.func import functional_call
 
 from metabloom.clients import MetaGradient, adapt, meta_gradient, run_update, sgd_update
 from metabloom.clients.objective import objective
+from metabloom.strategies import mean
+from metabloom.strategies.rules import is_floating
 
 
 def maml_with_a_detached_inner_step(
@@ -148,3 +151,114 @@ def adam_rebuilt_each_round(gradients, *, lr):
         weight.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
     return weight.item()
+
+
+# --- aggregations: in place of median(), trimmed_mean(beta) and multi_krum(f, m) ------------------
+
+
+def median_that_takes_the_upper_value():
+    """Of an even number of values the upper one of the middle two."""
+    return _coordinate_wise(lambda values: np.sort(values, axis=0)[len(values) // 2])
+
+
+def median_of_counters_too():
+    """Integer buffers are aggregated as well: the counter is no longer what was sent."""
+    return _coordinate_wise(lambda values: np.median(values, axis=0), taken=lambda value: True)
+
+
+def median_of_all_coordinates():
+    """The middle of all numbers of an array, not of each coordinate."""
+    return _coordinate_wise(lambda values: np.full(values.shape[1:], np.median(values)))
+
+
+def trimmed_mean_of_one_end(beta):
+    """Only the greatest values are cut: low ones move the mean."""
+
+    def reduce(values):
+        return np.sort(values, axis=0)[: len(values) - int(beta * len(values))].mean(axis=0)
+
+    return _coordinate_wise(reduce)
+
+
+def trimmed_mean_that_divides_by_all(beta):
+    """The sum of what is left is divided by n, not by n - 2k: the model shrinks."""
+
+    def reduce(values):
+        k = int(beta * len(values))
+        return np.sort(values, axis=0)[k : len(values) - k].sum(axis=0) / len(values)
+
+    return _coordinate_wise(reduce)
+
+
+def krum_that_neighbours_itself(num_malicious, num_selected=0):
+    """The distance 0 to oneself is one of the n - f - 2: a true neighbour too few counts."""
+
+    def score(squared):
+        return np.sort(squared, axis=1)[:, : len(squared) - num_malicious - 2].sum(axis=1)
+
+    return _krum(num_malicious, num_selected, score=score)
+
+
+def krum_of_all_neighbours(num_malicious, num_selected=0):
+    """The distances to all others count, bad ones included."""
+    return _krum(num_malicious, num_selected, score=lambda squared: squared.sum(axis=1))
+
+
+def krum_that_takes_the_highest_scores(num_malicious, num_selected=0):
+    """The models that stand apart are kept and the others dropped."""
+    return _krum(num_malicious, num_selected, score=lambda squared: -squared.sum(axis=1))
+
+
+def krum_by_norms(num_malicious, num_selected=0):
+    """||x||^2 + ||y||^2 - 2xy in the models' own float32 (Flower's MultiKrum): digits cancel."""
+
+    def distances(models):
+        flat = np.stack([np.concatenate([a.ravel() for a in model]) for model in models])
+        norms = np.square(flat).sum(axis=1)
+        return norms[:, None] + norms[None, :] - 2 * flat @ flat.T
+
+    return _krum(num_malicious, num_selected, distances=distances)
+
+
+def krum_that_measures_counters(num_malicious, num_selected=0):
+    """Counters of batches are part of the distance, where they outweigh every parameter."""
+    return _krum(num_malicious, num_selected, taken=lambda value: True)
+
+
+def _coordinate_wise(reduce, taken=is_floating):
+    def aggregate(sent, replies, weighting):
+        return {
+            name: reduce(np.stack([reply.arrays[name] for reply in replies]).astype(np.float64))
+            if taken(value)
+            else value
+            for name, value in sent.items()
+        }
+
+    return aggregate
+
+
+def _by_differences(models):
+    return np.array(
+        [
+            [
+                sum(((a - b.astype(np.float64)) ** 2).sum() for a, b in zip(x, y, strict=True))
+                for y in models
+            ]
+            for x in models
+        ]
+    )
+
+
+def _krum(f, m, *, score=None, distances=_by_differences, taken=is_floating):
+    """Multi-Krum, right unless it is given a wrong part."""
+
+    def nearest(squared):
+        return np.sort(squared, axis=1)[:, 1 : len(squared) - f - 1].sum(axis=1)
+
+    def aggregate(sent, replies, weighting):
+        names = [name for name, value in sent.items() if taken(value)]
+        squared = distances([[reply.arrays[name] for name in names] for reply in replies])
+        lowest = np.argsort((score or nearest)(squared), kind="stable")[: m or len(replies) - f]
+        return mean(sent, [replies[i] for i in sorted(lowest)], weighting)
+
+    return aggregate

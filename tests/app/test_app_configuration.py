@@ -93,18 +93,23 @@ def test_a_failed_client_is_told_on_the_command_line(
 
     monkeypatch.setattr(SGDClient, "fit", fit)
     settings = ["--set", "rounds=1", "--out", str(tmp_path)]
-    with pytest.raises(MetabloomError, match=r"no client answered in any round.*\[full\]"):
+    with pytest.raises(MetabloomError, match=r"no round had enough good replies.*\[full\]"):
         CliRunner().invoke(
             command_line, ["simulate", "--strategy", "fedavg", *settings], catch_exceptions=False
         )
 
 
-def test_flowers_log_is_quiet_unless_asked_for(tmp_path: Path) -> None:
-    settings = ["--set", "rounds=1", "--set", "num-clients=6", "--out", str(tmp_path)]
-    CliRunner().invoke(command_line, ["simulate", *settings], catch_exceptions=False)
-    assert logging.getLogger("flwr").level == logging.ERROR
-    CliRunner().invoke(command_line, ["simulate", "--verbose", *settings], catch_exceptions=False)
+def test_only_warnings_of_flowers_log_are_shown_unless_asked_for(tmp_path: Path) -> None:
+    settings = ["--set", "rounds=3", "--set", "num-clients=6", "--out", str(tmp_path)]
+    quiet = CliRunner().invoke(command_line, ["simulate", *settings], catch_exceptions=False)
+    assert logging.getLogger("flwr").level == logging.WARNING
+    assert "[ROUND 1/3]" not in quiet.output
+    assert quiet.output.count("8 clients wanted, 4 there are") == 1  # not in each round
+    loud = CliRunner().invoke(
+        command_line, ["simulate", "--verbose", *settings], catch_exceptions=False
+    )
     assert logging.getLogger("flwr").level == logging.INFO
+    assert "[ROUND 1/3]" in loud.output
 
 
 STRATEGY_PLUGIN = """

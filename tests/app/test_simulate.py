@@ -21,7 +21,7 @@ from metabloom.strategies import STRATEGIES
 from metabloom.task import model_of
 
 SMALL = ("num-clients=10", "rounds=2", "clients-per-round=3", "eval-every=1", "device=cpu")
-FILES = ["model.safetensors", "report.html", "results.json"]
+FILES = ["checkpoints", "model.safetensors", "report.html", "results.json"]
 EVERY = pytest.mark.parametrize("strategy", list(STRATEGIES))
 
 
@@ -58,12 +58,15 @@ def metabloom(monkeypatch, capsys, tmp_path) -> Iterator[CommandLine]:
 
 
 @EVERY
-def test_a_strategy_on_digits_writes_its_three_files(metabloom, tmp_path: Path, strategy: str):
+def test_a_strategy_on_digits_writes_checkpoints_and_three_files(
+    metabloom, tmp_path: Path, strategy: str
+):
     out = tmp_path / "out"
     status, said, _ = metabloom.simulate(f"strategy={strategy}", *SMALL, out=out)
     assert status == 0
     assert str(out) in said
-    assert sorted(path.name for path in out.iterdir()) == FILES
+    lasting = ["clients"] if strategy == "ditto" else []  # personal models
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *lasting])
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["version"] == __version__

@@ -60,7 +60,7 @@ def personal_steps(start, anchor, data, *, lr, strength, steps=1):
 
 
 def kept(own):
-    return [value.numpy() for value in own.personal.load("cpu").values()]
+    return [value.numpy() for value in own.personal.after({}, "cpu").values()]
 
 
 def assert_close(found, wanted):
@@ -84,7 +84,7 @@ def test_ditto_s_personal_model_lasts_over_rounds_and_never_leaves():
         plain = client(SGDClient, local_lr=0.3).fit(sent, {})[0]
         assert same(reply, plain)  # the server learns what FedAvg's does
     assert not any(np.array_equal(a, b) for a, b in zip(replies[1], personal[1], strict=True))
-    assert len(place.state) == 1  # one record, however many rounds
+    assert len(place.state) == 2  # one model and its version, however many rounds
 
 
 def test_ditto_is_judged_by_its_personal_model_pulled_to_the_received_one():

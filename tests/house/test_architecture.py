@@ -50,7 +50,12 @@ KEPT_TO: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *(f"metabloom/{app}.py" for app in APPS),
         ),
         (  # the mathematics knows no transport
-            *("strategies/rules.py", "clients/meta_gradient.py", "clients/local_update.py"),
+            *(
+                "strategies/rules.py",
+                "strategies/aggregation.py",
+                "clients/meta_gradient.py",
+                "clients/local_update.py",
+            ),
             *("clients/objective.py", "clients/evaluation.py", "clients/batches.py"),
             "clients/data.py",
         ),

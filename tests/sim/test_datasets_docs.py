@@ -31,6 +31,7 @@ def test_the_block_in_the_docs_that_runs_a_strategy_on_it_works(monkeypatch, tmp
     assert results["clients"] == {"train": 24, "validation": 3, "unseen": 3}
     assert results["failures"] == 0
     assert {path.name for path in Path(run["folder"]).iterdir()} == {
+        "checkpoints",
         "results.json",
         "model.safetensors",
         "report.html",

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from metabloom.config import RunConfig
-from metabloom.errors import ConfigError
+from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim.report import PAGE, render_report
 from metabloom.sim.results import results_of, write_results
 from metabloom.strategies import ClientScore, RoundReport, RunResult
@@ -206,7 +206,7 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file_and_no_rest(
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(MetabloomError, match="the disk is full"):
         write_results(tmp_path, {**results(), "seed": 9}, to_record({"w": np.ones(3)}))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

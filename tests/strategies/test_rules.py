@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metabloom.errors import ConfigError
-from metabloom.strategies import Reply, Rule, interpolate, server_optimizer
+from metabloom.strategies import (
+    Reply,
+    Rule,
+    interpolate,
+    median,
+    multi_krum,
+    server_optimizer,
+    trimmed_mean,
+)
 from metabloom.strategies.fedmeta import OPTIMIZERS, FedMeta
 
 LR = 0.01
@@ -20,6 +28,8 @@ WEIGHTINGS = ("uniform", "examples")
 def every_rule() -> dict[str, Rule]:
     rules = {f"mean-{w}": interpolate(weighting=w) for w in WEIGHTINGS}
     rules |= {f"half-{w}": interpolate(0.5, weighting=w) for w in WEIGHTINGS}
+    resistant = {"median": median(), "trimmed-mean": trimmed_mean(0.4), "multi-krum": multi_krum(1)}
+    rules |= {name: interpolate(aggregate=aggregate) for name, aggregate in resistant.items()}
     for name, kind in OPTIMIZERS.items():
         rules[name] = server_optimizer(lambda params, kind=kind: kind(params, lr=LR))
     return rules

@@ -1,0 +1,279 @@
+"""The reply firewall around anybody's strategy: ``guard(FedAdam(...))``.
+
+The guard stands between Flower's loop and the strategy. It lets through the replies that are good,
+as they are and in their order, so that with good replies the result is the strategy's own to the
+bit; a round without enough of them leaves the model as it is.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping as AdaptiveClippingAtClients,
+)
+from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, QFedAvg, Strategy
+from flwr.supercore.differential_privacy import KEY_NORM_BIT
+
+from ..errors import ConfigError
+from ..wire import NUM_EXAMPLES, NamedArrays, from_record, size_of, to_record
+from .exchange import sort_replies
+from .firewall import DIVERGED, Firewall, clipped, not_finite
+from .patient_grid import PatientGrid
+from .reply_metrics import finite_metrics, in_common, with_metrics, with_others
+from .reports import RunResult
+from .round import RoundInProgress
+
+UNLIKE = (FedXgbBagging, FedXgbCyclic)  # their clients answer with other arrays than were sent
+
+
+def guard(
+    strategy: Strategy,
+    *,
+    firewall: Firewall | None = None,
+    min_fit_replies: int = 1,
+) -> "Guarded":
+    """Return ``strategy`` behind the reply firewall.
+
+    Args:
+        strategy: any Message-API strategy whose clients answer with the arrays that they got.
+        firewall: what is refused; None: the defaults of ``Firewall``.
+        min_fit_replies: good replies that a round needs, >= 1; with fewer the model stays.
+
+    Raises:
+        ConfigError: where a value is out of range, or the strategy is one of Flower's XGBoost ones.
+
+    Example:
+        >>> from flwr.serverapp.strategy import FedAdam
+        >>> guard(FedAdam(eta=0.1), min_fit_replies=2)
+        guard(FedAdam)
+    """
+    return Guarded(strategy, firewall or Firewall(), min_fit_replies)
+
+
+class Guarded(Strategy):
+    """A strategy behind the reply firewall; made by ``guard``."""
+
+    def __init__(self, strategy: Strategy, firewall: Firewall, min_fit_replies: int) -> None:
+        if not isinstance(strategy, Strategy):
+            raise ConfigError(
+                f"guard({type(strategy).__name__}): a strategy of flwr.serverapp is needed"
+            )
+        if isinstance(strategy, UNLIKE):
+            raise ConfigError(
+                f"guard({type(strategy).__name__}): its clients answer with trees that were not "
+                "sent, which the firewall would refuse"
+            )
+        if min_fit_replies < 1:
+            raise ConfigError(f"min_fit_replies = {min_fit_replies}: must be at least 1")
+        nested = list(_nested(strategy))
+        self.strategy = strategy
+        self.firewall = replace(
+            firewall, required_metrics=(*firewall.required_metrics, *_needed(nested))
+        )
+        self.min_fit_replies = min_fit_replies
+        keys = [one.weighted_by_key for one in nested if isinstance(one, FedAvg)]
+        self.weighted_by_key = keys[0] if keys else NUM_EXAMPLES
+        self._begin(3600.0)
+
+    def __repr__(self) -> str:
+        return f"guard({type(self.strategy).__name__})"
+
+    def _begin(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
+        self._round = RoundInProgress()
+        self._initial: NamedArrays = {}
+        self._sent: NamedArrays = {}
+        self._rounds: list[RoundInProgress] = []
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> RunResult:
+        """Run Flower's loop; the result also says what each round refused.
+
+        Raises:
+            MetabloomError: where too few nodes connect within ``timeout`` seconds.
+        """
+        self._begin(timeout)
+        result = super().start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
+        result.arrays = result.arrays or initial_arrays
+        return RunResult(**vars(result), rounds=[one.report() for one in self._rounds])
+
+    def summary(self) -> None:
+        """Log the firewall and the strategy's own summary."""
+        log(INFO, "\t├──> Firewall: %s", self.firewall)
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's train messages."""
+        self._round = RoundInProgress(server_round)
+        self._rounds.append(self._round)
+        patient = PatientGrid(grid, self._timeout)
+        messages = list(self.strategy.configure_train(server_round, arrays, config, patient))
+        self._sent = from_record(_array_record(messages, arrays))
+        self._initial = self._initial or self._sent
+        self._round.messages = messages
+        self._round.clients = tuple(f"node-{one.metadata.dst_node_id}" for one in messages)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the strategy's next model of the good replies; (None, None) with too few."""
+        good = self._good(replies, self._sent)
+        if len(good) < self.min_fit_replies:
+            return self._skip(f"{len(good)} good replies, {self.min_fit_replies} are needed")
+        contents = [message.content for message in good]
+        answers = [
+            _with(message, self._clipped(content))
+            for message, content in zip(good, in_common(contents), strict=True)
+        ]
+        before = [(one, dict(vars(one))) for one in _nested(self.strategy)]
+        arrays, metrics, fault = self._aggregated(server_round, answers)
+        if arrays is None or fault:
+            for one, attributes in before:  # what it computed from these replies is not kept
+                vars(one).clear()
+                vars(one).update(attributes)
+            return self._skip(fault or f"{self.strategy} gives no model")
+        self._round.bytes_up = sum(
+            size_of(_array_record([message], ArrayRecord())) for message in good
+        )
+        metrics = with_others(metrics, contents, self.weighted_by_key)
+        return self._with_whole_numbers(arrays), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's evaluate messages."""
+        patient = PatientGrid(grid, self._timeout)
+        messages = list(self.strategy.configure_evaluate(server_round, arrays, config, patient))
+        self._round.messages = messages
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the strategy's metrics of the good replies; None where there are none."""
+        good = self._good(replies, None)
+        if not good:
+            return None
+        contents = [self._finite(message) for message in good]
+        answers = [_with(m, c) for m, c in zip(good, in_common(contents), strict=True)]
+        metrics = self.strategy.aggregate_evaluate(server_round, answers)
+        return with_others(metrics, contents, self.weighted_by_key)
+
+    def _aggregated(
+        self, server_round: int, answers: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None, str]:
+        """Return the strategy's model and metrics, or what is wrong with them."""
+        all_are_good = len(answers) == len(self._round.clients)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                arrays, metrics = self.strategy.aggregate_train(server_round, answers)
+        except Exception as err:
+            if all_are_good:
+                raise
+            # Some strategies cannot do with fewer replies than they asked for.
+            return None, None, f"{type(self.strategy).__name__}: {type(err).__name__}: {err}"
+        wild = not_finite(from_record(arrays)) if arrays else ""
+        return arrays, metrics, f"the aggregated array {wild!r} {DIVERGED}" if wild else ""
+
+    def _skip(self, reason: str) -> tuple[None, None]:
+        self._round.skipped = True
+        log(WARNING, "round %d is skipped, the model stays: %s", self._round.number, reason)
+        return None, None
+
+    def _good(self, replies: Iterable[Message], sent: NamedArrays | None) -> list[Message]:
+        """Return the good replies as they came; note the others and the missing."""
+        messages, self._round.messages = self._round.messages, []
+        exchange = sort_replies(
+            messages,
+            replies,
+            sent=sent,
+            firewall=self.firewall,
+            weight_key=self.weighted_by_key,
+            timeout_s=self._timeout,
+            initial=self._initial,
+        )
+        for node_id, reason in (*exchange.failed, *exchange.lost):
+            self._note(self._round.failures, node_id, "failed", reason)
+        for node_id, reason in exchange.refused:
+            self._note(self._round.quarantined, node_id, "is quarantined", reason)
+        return [one.message for _, one in exchange.good]
+
+    def _note(self, where: list[tuple[str, str]], node_id: int, fate: str, reason: str) -> None:
+        where.append((f"node-{node_id}", reason))
+        log(WARNING, "round %d: node-%d %s: %s", self._round.number, node_id, fate, reason)
+
+    def _finite(self, message: Message) -> RecordDict:
+        metrics, wild = finite_metrics(message.content)
+        node = f"node-{message.metadata.src_node_id}"
+        self._round.quarantined += [(node, f"metric {n!r} {DIVERGED}: left out") for n in wild]
+        return with_metrics(message.content, metrics) if wild else message.content
+
+    def _clipped(self, content: RecordDict) -> RecordDict:
+        bound = self.firewall.max_update_norm
+        if bound is None or self.firewall.norm_action != "clip":
+            return content
+        ((name, record),) = content.array_records.items()
+        arrays = clipped(from_record(record), self._sent, bound)
+        return RecordDict({**content, name: to_record(arrays)})
+
+    def _with_whole_numbers(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return counters as the whole numbers that they were: Flower's mean makes floats of them.
+
+        Clients whose counters are whole would be refused in the next round.
+        """
+        values = from_record(arrays)
+        whole = {
+            name: np.asarray(np.rint(value), dtype=self._initial[name].dtype)
+            for name, value in values.items()
+            if np.issubdtype(value.dtype, np.floating)
+            and name in self._initial
+            and not np.issubdtype(self._initial[name].dtype, np.inexact)
+        }
+        return to_record({**values, **whole}) if whole else arrays
+
+
+def _nested(strategy: Strategy) -> Iterable[Strategy]:
+    """Return a strategy, and those that it wraps."""
+    yield strategy
+    for value in list(vars(strategy).values()):
+        if isinstance(value, Strategy):
+            yield from _nested(value)
+
+
+def _needed(strategies: Iterable[Strategy]) -> list[str]:
+    """Return the metrics without which one of Flower's own strategies raises."""
+    losses = [one.train_loss_key for one in strategies if isinstance(one, QFedAvg)]
+    adaptive = (one for one in strategies if isinstance(one, AdaptiveClippingAtClients))
+    return [*losses, *(KEY_NORM_BIT for _ in adaptive)]
+
+
+def _array_record(messages: Sequence[Message], usual: ArrayRecord) -> ArrayRecord:
+    """Return the one ArrayRecord that was sent, which a strategy may have changed."""
+    records = list(messages[0].content.array_records.values()) if messages else []
+    return records[0] if len(records) == 1 else usual
+
+
+def _with(message: Message, content: RecordDict) -> Message:
+    """Return a copy with ``content``; a strategy that writes into it leaves the reply alone."""
+    copied = copy.copy(message)
+    copied.content = RecordDict({name: record.copy() for name, record in content.items()})
+    return copied

@@ -1,0 +1,125 @@
+"""Go on with a run that was stopped: from its newest checkpoint, through Flower's own loop."""
+
+from collections.abc import Iterable
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from ..errors import ConfigError
+from ..wire import NamedArrays
+from .checkpoint import Checkpoints, Snapshot
+
+
+def snapshot_to_resume(
+    checkpoints: Checkpoints | None, initial: NamedArrays, num_rounds: int
+) -> Snapshot | None:
+    """Return the state to go on from; None for a run that begins anew.
+
+    A run that begins anew beside the checkpoints of another one sets those aside.
+
+    Raises:
+        ConfigError: where the checkpoint is of another configuration or model, or of a later round
+            than ``num_rounds``.
+        CheckpointError: where there are checkpoints and none can be read.
+    """
+    if checkpoints is None:
+        return None
+    if not checkpoints.resume:
+        aside = checkpoints.set_aside() if checkpoints.every else None
+        if aside:
+            log(WARNING, "the checkpoints of an earlier run were moved to %s", aside)
+        return None
+    kept = checkpoints.load()
+    if kept is None:
+        log(WARNING, "no checkpoint in %s: the run begins anew", checkpoints.folder)
+        return None
+    if kept.round > num_rounds:
+        raise ConfigError(
+            f"rounds = {num_rounds}: the checkpoint in {str(checkpoints.folder)!r} is of round "
+            f"{kept.round} already; resume with at least so many rounds"
+        )
+    _check_same_model(kept.arrays, initial)
+    log(INFO, "resumed after round %d of %d", kept.round, num_rounds)
+    return kept
+
+
+def _check_same_model(kept: NamedArrays, initial: NamedArrays) -> None:
+    for name in (*kept, *initial):
+        old, new = (
+            f"{arrays[name].dtype} of shape {arrays[name].shape}" if name in arrays else "not there"
+            for arrays in (kept, initial)
+        )
+        if old != new:
+            raise ConfigError(
+                f"array {name!r} is {old} in the checkpoint and {new} in this run: resume with the "
+                "same model, or without resume"
+            )
+
+
+class Saver:
+    """Saves every so many rounds, and the last whole one when the run ends, however it ends.
+
+    Args:
+        checkpoints: None: nothing is saved.
+        kept: what the run was resumed from, which is saved already.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None, kept: Snapshot | None) -> None:
+        self._checkpoints = checkpoints if checkpoints and checkpoints.every else None
+        self._last = kept
+        self._saved = kept.round if kept else 0
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Take the state after a round, and save it where its turn has come."""
+        self._last = snapshot
+        if self._checkpoints and snapshot.round % self._checkpoints.every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Save the last state that was offered, unless it is saved."""
+        if self._checkpoints and self._last and self._last.round > self._saved:
+            self._checkpoints.save(self._last)
+            self._saved = self._last.round
+
+
+class ResumedRun(Strategy):
+    """A strategy in Flower's loop, whose first round is round ``done`` + 1 to the strategy.
+
+    Flower's loop counts from 1, whatever was done before.
+    """
+
+    def __init__(self, strategy: Strategy, done: int) -> None:
+        self._strategy = strategy
+        self._done = done
+
+    def summary(self) -> None:
+        """Log what is resumed, and the strategy's own summary."""
+        log(INFO, "\t├──> Resumed: [ROUND 1] below is round %d", self._done + 1)
+        self._strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's train messages."""
+        return self._strategy.configure_train(server_round + self._done, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the strategy's next model and metrics."""
+        return self._strategy.aggregate_train(server_round + self._done, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's evaluate messages."""
+        return self._strategy.configure_evaluate(server_round + self._done, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the strategy's metrics."""
+        return self._strategy.aggregate_evaluate(server_round + self._done, replies)
