@@ -28,10 +28,11 @@ from flwr.clientapp import ClientApp
 
 from metabloom.models import build_model
 from metabloom.sim import CohortGrid
-from metabloom.strategies import Checkpoints, FedAvg, exchange
-from metabloom.strategies.checkpoint import Snapshot
-from metabloom.strategies.firewall import Judged, sift
-from metabloom.strategies.reports import RoundReport
+from metabloom.strategies import Checkpoints, FedAvg
+from metabloom.strategies.shell import exchange
+from metabloom.strategies.shell.checkpoint import Snapshot
+from metabloom.strategies.shell.firewall import Judged, sift
+from metabloom.strategies.shell.reports import RoundReport
 from metabloom.wire import from_record, to_record
 
 Arrays = dict[str, np.ndarray]

@@ -3,19 +3,19 @@
 from .. import __version__ as _v  # noqa: F401  a plain `import strategies` fails here: there is no second copy
 from ..registry import discover
 from .aggregation import median, multi_krum, trimmed_mean
-from .checkpoint import Checkpoints
 from .ditto import Ditto
 from .fedavg import FedAvg
 from .fedmeta import FedMeta
 from .fedprox import FedProx
-from .firewall import Firewall
-from .guard import guard
 from .per_fedavg import PerFedAvg
 from .recipe import STRATEGIES, Recipe
-from .reports import ClientScore, RoundReport, RunResult
 from .reptile import Reptile
 from .rules import Aggregation, Reply, Rule, interpolate, mean, server_optimizer
 from .shell import RuleStrategy
+from .shell.checkpoint import Checkpoints
+from .shell.firewall import Firewall
+from .shell.guard import guard
+from .shell.reports import ClientScore, RoundReport, RunResult
 
 discover(__name__, __path__)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from metabloom.files import seal_json, temporary_of, unseal_json
 from metabloom.strategies import ClientScore, RoundReport
-from metabloom.strategies.checkpoint import Checkpoints, Snapshot
+from metabloom.strategies.shell.checkpoint import Checkpoints, Snapshot
 
 
 def report(number: int, loss: float = 0.25) -> RoundReport:

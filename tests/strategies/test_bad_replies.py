@@ -11,7 +11,8 @@ import pytest
 from flwr.serverapp import strategy as flowers
 
 from metabloom.sim import CohortGrid
-from metabloom.strategies import STRATEGIES, RunResult, guard, roll_call
+from metabloom.strategies import STRATEGIES, RunResult, guard
+from metabloom.strategies.shell import roll_call
 from metabloom.wire import to_record
 from tests.strategies.bad_replies import BAD, BAD_REPLIES, GridWithout, grid_with
 from tests.strategies.toy import Arrays, Toy, bits, model, start, strategy_of

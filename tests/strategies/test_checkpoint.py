@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from metabloom.errors import CheckpointError, ConfigError, MetabloomError
 from metabloom.strategies import ClientScore, server_optimizer
-from metabloom.strategies.checkpoint import Checkpoints
 from metabloom.strategies.fedmeta import OPTIMIZERS
 from metabloom.strategies.rules import Reply
+from metabloom.strategies.shell.checkpoint import Checkpoints
 from tests.strategies import snapshots
 from tests.strategies.snapshots import exactly, files, report, rounds, saved, snapshot, through_disk
 
@@ -165,7 +165,9 @@ def test_the_record_is_strict_json_that_says_what_it_is(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_any_damage_is_found_and_the_checkpoint_before_is_used(tmp_path, monkeypatch, suffix):
     told = []
-    monkeypatch.setattr("metabloom.strategies.checkpoint.log", lambda *words: told.append(words))
+    monkeypatch.setattr(
+        "metabloom.strategies.shell.checkpoint.log", lambda *words: told.append(words)
+    )
     small = {"reports": (), "train_metrics": {}, "server_metrics": {}, "evaluate_metrics": {}}
     checkpoints = Checkpoints(tmp_path)
     for number in (1, 2):

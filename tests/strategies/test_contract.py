@@ -14,7 +14,8 @@ from metabloom.client_app import client_fn
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
-from metabloom.strategies import STRATEGIES, roll_call
+from metabloom.strategies import STRATEGIES
+from metabloom.strategies.shell import roll_call
 from metabloom.task import model_of
 from metabloom.wire import from_record, to_record
 from tests.strategies.toy import (

@@ -11,11 +11,12 @@ from hypothesis.extra import numpy as hnp
 
 from metabloom.errors import ConfigError
 from metabloom.sim import CohortGrid
-from metabloom.strategies import Firewall, interpolate, roll_call
-from metabloom.strategies.firewall import clipped, not_finite, sift
-from metabloom.strategies.firewall import judge as judged
-from metabloom.strategies.reply_metrics import aggregate_metrics
+from metabloom.strategies import Firewall, interpolate
 from metabloom.strategies.rules import Reply
+from metabloom.strategies.shell import roll_call
+from metabloom.strategies.shell.firewall import clipped, not_finite, sift
+from metabloom.strategies.shell.firewall import judge as judged
+from metabloom.strategies.shell.reply_metrics import aggregate_metrics
 from metabloom.wire import from_record, to_record
 from tests.strategies.bad_replies import BAD_REPLIES, grid_with
 from tests.strategies.toy import Toy, bits, start, strategy_of

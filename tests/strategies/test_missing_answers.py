@@ -9,7 +9,8 @@ from flwr.app import Message
 from metabloom import strategies
 from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
-from metabloom.strategies import FedAvg, FedMeta, Reply, interpolate, roll_call, server_optimizer
+from metabloom.strategies import FedAvg, FedMeta, Reply, interpolate, server_optimizer
+from metabloom.strategies.shell import roll_call
 from metabloom.wire import from_record, to_record
 from tests.strategies.toy import Toy, bits, model, start, strategy_of
 

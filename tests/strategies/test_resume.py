@@ -11,8 +11,9 @@ import pytest
 from flwr.app import ArrayRecord, MetricRecord
 
 from metabloom.errors import CheckpointError, ConfigError
-from metabloom.strategies import STRATEGIES, Checkpoints, Reply, RunResult, roll_call
+from metabloom.strategies import STRATEGIES, Checkpoints, Reply, RunResult
 from metabloom.strategies.fedmeta import OPTIMIZERS
+from metabloom.strategies.shell import roll_call
 from metabloom.wire import from_record
 from tests.strategies.bad_replies import BAD_REPLIES, grid_with
 from tests.strategies.toy import Arrays, ShuffledGrid, Toy, bits, model, moved, start, strategy_of

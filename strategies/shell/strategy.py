@@ -23,9 +23,18 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from ..errors import ConfigError, MetabloomError
-from ..streams import numpy_stream
-from ..wire import KEPT_ROUND, RUN_TOKEN, SERVER_ROUND, NamedArrays, from_record, size_of, to_record
+from ...errors import ConfigError, MetabloomError
+from ...streams import numpy_stream
+from ...wire import (
+    KEPT_ROUND,
+    RUN_TOKEN,
+    SERVER_ROUND,
+    NamedArrays,
+    from_record,
+    size_of,
+    to_record,
+)
+from ..rules import Reply, Rule, State
 from .checkpoint import Checkpoints, Snapshot
 from .exchange import sort_replies
 from .firewall import DIVERGED, Firewall, Judged, clipped, not_finite
@@ -42,7 +51,6 @@ from .reports import ClientScore, RoundReport, RunResult
 from .resume import ResumedRun, Saver, snapshot_to_resume
 from .roll_call import Node, Roster
 from .round import RoundInProgress
-from .rules import Reply, Rule, State
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -217,14 +225,14 @@ class RuleStrategy(FedAvg):
         if len(good) < self.min_fit_replies:
             asked = len(self._round.clients)
             few = f"{len(good)} good replies of {asked}, {self.min_fit_replies} are needed"
-            return self._skip(few)
+            return self._round.skip(few)
         # Values that overflow are found by their result.
         with np.errstate(over="ignore", invalid="ignore"):
             state = self.rule.init(self._arrays) if self._state is None else self._state
             answers = [self._answer(one) for one in good]
             state, new = self.rule.update(state, self._arrays, answers)
         if wild := not_finite(new):
-            return self._skip(f"the aggregated array {wild!r} {DIVERGED}")
+            return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
         self._state, self._arrays = state, new
         contents = [one.message.content for one in good]
         self._round.bytes_up += sum(
@@ -234,11 +242,6 @@ class RuleStrategy(FedAvg):
         self._round.train_metrics = numbers_of(metrics)
         self._history.train_metrics[server_round] = metrics
         return to_record(new), metrics
-
-    def _skip(self, reason: str) -> tuple[None, None]:
-        self._round.skipped = True
-        log(WARNING, "round %d is skipped, the model stays: %s", self._round.number, reason)
-        return None, None
 
     # -- evaluation --------------------------------------------------------------------------------
 
@@ -358,19 +361,11 @@ class RuleStrategy(FedAvg):
             weight_key=self.weighted_by_key,
             timeout_s=self._timeout,
         )
-        for node_id, reason in (*exchange.failed, *exchange.lost):
-            self._note(self._round.failures, node_id, "failed", reason)
-        for node_id, reason in exchange.refused:
-            self._note(self._round.quarantined, node_id, "is quarantined", reason)
+        self._round.note(exchange, lambda node_id: self._roster.get(node_id).name)
         for node_id, _ in (*exchange.failed, *exchange.refused):
             self._history.offences[self._roster.get(node_id).name] += 1
         good = [(self._roster.get(node_id), one) for node_id, one in exchange.good]
         return sorted(good, key=lambda pair: pair[0].order)
-
-    def _note(self, where: list[tuple[str, str]], node_id: int, fate: str, reason: str) -> None:
-        name = self._roster.get(node_id).name
-        where.append((name, reason))
-        log(WARNING, "round %d: %s %s: %s", self._round.number, name, fate, reason)
 
     def _answer(self, judged: Judged) -> Reply:
         arrays, bound = judged.arrays, self.firewall.max_update_norm

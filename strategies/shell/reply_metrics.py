@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from ..wire import ARRAYS, METRICS
+from ...wire import ARRAYS, METRICS
 
 Metric = int | float | list[int] | list[float]
 Record = TypeVar("Record", ArrayRecord, MetricRecord)

@@ -8,7 +8,7 @@ bit; a round without enough of them leaves the model as it is.
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from logging import INFO, WARNING
+from logging import INFO
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, QFedAvg, Strategy
 from flwr.supercore.differential_privacy import KEY_NORM_BIT
 
-from ..errors import ConfigError
-from ..wire import NUM_EXAMPLES, NamedArrays, from_record, size_of, to_record
+from ...errors import ConfigError
+from ...wire import NUM_EXAMPLES, NamedArrays, from_record, size_of, to_record
 from .exchange import sort_replies
 from .firewall import DIVERGED, Firewall, clipped, not_finite
 from .patient_grid import PatientGrid
@@ -138,7 +138,7 @@ class Guarded(Strategy):
         """Return the strategy's next model of the good replies; (None, None) with too few."""
         good = self._good(replies, self._sent)
         if len(good) < self.min_fit_replies:
-            return self._skip(f"{len(good)} good replies, {self.min_fit_replies} are needed")
+            return self._round.skip(f"{len(good)} good replies, {self.min_fit_replies} are needed")
         contents = [message.content for message in good]
         answers = [
             _with(message, self._clipped(content))
@@ -150,7 +150,7 @@ class Guarded(Strategy):
             for one, attributes in before:  # what it computed from these replies is not kept
                 vars(one).clear()
                 vars(one).update(attributes)
-            return self._skip(fault or f"{self.strategy} gives no model")
+            return self._round.skip(fault or f"{self.strategy} gives no model")
         self._round.bytes_up = sum(
             size_of(_array_record([message], ArrayRecord())) for message in good
         )
@@ -194,11 +194,6 @@ class Guarded(Strategy):
         wild = not_finite(from_record(arrays)) if arrays else ""
         return arrays, metrics, f"the aggregated array {wild!r} {DIVERGED}" if wild else ""
 
-    def _skip(self, reason: str) -> tuple[None, None]:
-        self._round.skipped = True
-        log(WARNING, "round %d is skipped, the model stays: %s", self._round.number, reason)
-        return None, None
-
     def _good(self, replies: Iterable[Message], sent: NamedArrays | None) -> list[Message]:
         """Return the good replies as they came; note the others and the missing."""
         messages, self._round.messages = self._round.messages, []
@@ -211,15 +206,8 @@ class Guarded(Strategy):
             timeout_s=self._timeout,
             initial=self._initial,
         )
-        for node_id, reason in (*exchange.failed, *exchange.lost):
-            self._note(self._round.failures, node_id, "failed", reason)
-        for node_id, reason in exchange.refused:
-            self._note(self._round.quarantined, node_id, "is quarantined", reason)
+        self._round.note(exchange, "node-{}".format)
         return [one.message for _, one in exchange.good]
-
-    def _note(self, where: list[tuple[str, str]], node_id: int, fate: str, reason: str) -> None:
-        where.append((f"node-{node_id}", reason))
-        log(WARNING, "round %d: node-%d %s: %s", self._round.number, node_id, fate, reason)
 
     def _finite(self, message: Message) -> RecordDict:
         metrics, wild = finite_metrics(message.content)

@@ -13,8 +13,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ..errors import MetabloomError
-from ..wire import (
+from ...errors import MetabloomError
+from ...wire import (
     CLIENT_NAME,
     DROPPED,
     ERROR,

@@ -8,8 +8,8 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from ..errors import ConfigError
-from ..wire import NamedArrays
+from ...errors import ConfigError
+from ...wire import NamedArrays
 from .checkpoint import Checkpoints, Snapshot
 
 

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from ..errors import ConfigError, unknown_name
-from ..wire import NamedArrays, from_record
+from ...errors import ConfigError, unknown_name
+from ...wire import NamedArrays, from_record
 from .reply_metrics import finite_metrics, records_of, weight_of
 
 NormAction = Literal["refuse", "clip"]

@@ -1,10 +1,14 @@
 """What is known of the round in progress."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from logging import WARNING
 
 from flwr.app import Message
+from flwr.common import log
 
+from .exchange import Exchange
 from .reports import ClientScore, RoundReport
 
 
@@ -23,6 +27,21 @@ class RoundInProgress:
     skipped: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
+
+    def note(self, exchange: Exchange, name_of: Callable[[int], str]) -> None:
+        """Note and log the nodes that failed, were refused or are lost."""
+        for node_id, reason in (*exchange.failed, *exchange.lost):
+            self.failures.append((name_of(node_id), reason))
+            log(WARNING, "round %d: %s failed: %s", self.number, name_of(node_id), reason)
+        for node_id, reason in exchange.refused:
+            self.quarantined.append((name_of(node_id), reason))
+            log(WARNING, "round %d: %s is quarantined: %s", self.number, name_of(node_id), reason)
+
+    def skip(self, reason: str) -> tuple[None, None]:
+        """Mark the round as skipped, and return what Flower's loop takes for that."""
+        self.skipped = True
+        log(WARNING, "round %d is skipped, the model stays: %s", self.number, reason)
+        return None, None
 
     def report(self) -> RoundReport:
         """Return the report of the round, which ends now."""

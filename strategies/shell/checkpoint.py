@@ -28,12 +28,12 @@ from flwr.common import log
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..config import Scalar
-from ..errors import CheckpointError, ConfigError
-from ..files import seal_json, temporary_of, unseal_json, write_atomic
-from ..wire import NamedArrays
+from ...config import Scalar
+from ...errors import CheckpointError, ConfigError
+from ...files import seal_json, temporary_of, unseal_json, write_atomic
+from ...wire import NamedArrays
+from ..rules import State
 from .reports import ClientScore, RoundReport
-from .rules import State
 
 FORMAT = 1
 INSTEAD = "start anew with resume = false"

@@ -7,7 +7,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from ..errors import MetabloomError
+from ...errors import MetabloomError
 
 
 class PatientGrid(Grid):

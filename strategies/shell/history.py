@@ -6,10 +6,10 @@ from uuid import uuid4
 
 from flwr.app import MetricRecord
 
-from ..wire import NamedArrays
+from ...wire import NamedArrays
+from ..rules import State
 from .checkpoint import Snapshot
 from .reports import RoundReport
-from .rules import State
 
 Metrics = dict[int, MetricRecord]  # by round
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from ..wire import NamedArrays
+from ...wire import NamedArrays
 from .firewall import Firewall, Judged, sift
 
 Told = list[tuple[int, str]]  # (node id, reason)
