@@ -5,6 +5,7 @@ run`` and on a SuperLink.
 """
 
 import copy
+import secrets
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +20,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from ..errors import ConfigError
 from ..streams import stream_seed
 from ..wire import NUM_PARTITIONS, PARTITION_ID
-
-RUN_ID = 1
 
 
 @dataclass
@@ -59,14 +58,15 @@ class CohortGrid(Grid):
         if num_nodes < 1:
             raise ConfigError(f"num_nodes = {num_nodes}: a federation needs at least one node")
         self._app = app
-        self._run = Run.create_empty(RUN_ID)
+        # Another one for each grid: clients key what they keep on disk by it.
+        self._run = Run.create_empty(secrets.randbits(63))
         self._lock = threading.Lock()  # legacy servers talk to their clients from many threads
         self._replies: dict[str, Message] = {}
         self._pushed = 0
         self._nodes = {
             node_id: _Node(
                 Context(
-                    run_id=RUN_ID,
+                    run_id=self._run.run_id,
                     node_id=node_id,
                     node_config={PARTITION_ID: index, NUM_PARTITIONS: num_nodes},
                     state=RecordDict(),

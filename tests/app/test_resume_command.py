@@ -1,0 +1,116 @@
+"""``metabloom simulate --resume``: what a user does after a crash, Ctrl-C, or for more rounds."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from metabloom.cli import app
+from metabloom.errors import ConfigError
+from metabloom.strategies import STRATEGIES
+
+EVERY = pytest.mark.parametrize("strategy", list(STRATEGIES))
+COMMAND = "from metabloom.cli import main; main()"
+SMALL = ("num-clients=8", "clients-per-round=3", "eval-every=2", "device=cpu")
+
+
+def simulate(out: Path, *settings: str, resume: bool = False) -> Result:
+    words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    more = ["--resume"] if resume else []
+    return CliRunner().invoke(
+        app, ["simulate", *words, *more, "--out", str(out)], catch_exceptions=False
+    )
+
+
+def told(out: Path) -> dict:
+    """Return all of results.json but how long it took, how far it was to go, and where to."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    del results["seconds"], results["config"]
+    for entry in results["history"]:
+        del entry["seconds"]
+    return {**results, "rounds": None}
+
+
+def model(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+@EVERY
+def test_two_halves_are_the_whole_with_the_clients_of_the_app(strategy: str, tmp_path: Path):
+    """Personal models are scored in the results: they are the same too."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert simulate(whole, f"strategy={strategy}", "rounds=6").exit_code == 0
+    assert simulate(halves, f"strategy={strategy}", "rounds=3").exit_code == 0
+    assert simulate(halves, f"strategy={strategy}", "rounds=6", resume=True).exit_code == 0
+    assert model(halves) == model(whole)
+    assert told(halves) == told(whole)
+
+
+@pytest.mark.parametrize("strategy", ["fedmeta", "ditto"])
+def test_after_ctrl_c_a_resumed_run_ends_as_if_nothing_had_been(strategy: str, tmp_path: Path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = [*SMALL, f"strategy={strategy}", "rounds=60", "checkpoint-every=5"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    run = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "simulate", *words, "--out", str(stopped)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    folder = stopped / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (folder.exists() or run.poll() is not None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "interrupted: the whole rounds are saved, --resume goes on from them" in said
+    assert "Traceback" not in said
+    newest = max(file.name for file in folder.glob("round-*.json"))
+    assert "round-00000005.json" <= newest < "round-00000060.json"
+    assert simulate(whole, *settings[4:]).exit_code == 0
+    assert simulate(stopped, *settings[4:], resume=True).exit_code == 0
+    assert model(stopped) == model(whole)
+    assert told(stopped) == told(whole)
+
+
+def test_a_run_with_other_keys_is_refused_with_each_of_them(tmp_path: Path):
+    assert simulate(tmp_path, "strategy=fedavg", "rounds=1").exit_code == 0
+    with pytest.raises(ConfigError) as refused:
+        simulate(tmp_path, "strategy=fedavg", "rounds=2", "local-lr=0.3", "seed=4", resume=True)
+    assert "checkpoint has local-lr = 0.1, this run 0.3" in str(refused.value)
+    assert "checkpoint has seed = 0, this run 4" in str(refused.value)
+    assert "resume = false" in str(refused.value)
+
+
+def test_keys_that_do_not_decide_what_is_computed_may_differ(tmp_path: Path):
+    assert simulate(tmp_path, "strategy=ditto", "rounds=2", "timeout-s=100").exit_code == 0
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    settings = ("rounds=3", "timeout-s=50", "checkpoint-every=2", "checkpoints-kept=1")
+    assert simulate(moved, "strategy=ditto", *settings, resume=True).exit_code == 0
+    assert simulate(tmp_path, "strategy=ditto", "rounds=3").exit_code == 0
+    assert model(moved) == model(tmp_path)
+    assert told(moved) == told(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path, caplog):
+    assert simulate(tmp_path / "whole", "rounds=4").exit_code == 0
+    out = tmp_path / "out"
+    assert simulate(out, "rounds=3").exit_code == 0
+    newest = out / "checkpoints" / "round-00000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert simulate(out, "rounds=4", resume=True).exit_code == 0
+    assert "round-00000003" in caplog.text
+    assert model(out) == model(tmp_path / "whole")
+
+
+def test_without_a_checkpoint_resume_begins_anew(tmp_path: Path, caplog):
+    assert simulate(tmp_path / "out", "rounds=1", resume=True).exit_code == 0
+    assert "the run begins anew" in caplog.text
