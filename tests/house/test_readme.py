@@ -1,4 +1,4 @@
-"""The README is true: its names exist and run, its commands and blocks of code work."""
+"""The README and docs/reliability.md are true: names exist, commands and blocks of code work."""
 
 import re
 import shlex
@@ -15,10 +15,11 @@ from tests.sim.synthetic_data import SMALL, install_fakes
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
+PAGES = TEXT + (README.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", PAGES, flags=re.DOTALL)
 
 
 def table_names(header: str) -> set[str]:
