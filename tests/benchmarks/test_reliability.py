@@ -1,23 +1,12 @@
 """The benchmarks of reliability at tiny scale: they run, and measure what they say."""
 
 import importlib.util
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def level_of_the_log() -> Iterator[None]:
-    """Put back what the scripts set for their own process."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def script(name: str) -> ModuleType:
