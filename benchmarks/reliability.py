@@ -30,9 +30,9 @@ from metabloom.models import build_model
 from metabloom.sim import CohortGrid
 from metabloom.strategies import Checkpoints, FedAvg
 from metabloom.strategies.shell import exchange
-from metabloom.strategies.shell.checkpoint import Snapshot
 from metabloom.strategies.shell.firewall import Judged, sift
 from metabloom.strategies.shell.reports import RoundReport
+from metabloom.strategies.shell.snapshot import Snapshot
 from metabloom.wire import from_record, to_record
 
 Arrays = dict[str, np.ndarray]

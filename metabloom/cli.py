@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,10 +57,10 @@ def simulate(
         values["resume"] = True
     run_config = RunConfig.read(values)
     try:
-        folder = _run(run_config, verbose=verbose)
+        with _terminated_as_interrupted():
+            folder = _run(run_config, verbose=verbose)
     except KeyboardInterrupt:
-        how = "the whole rounds are saved, --resume goes on from them"
-        console.print(f"interrupted: {how if run_config.checkpoint_every else 'nothing is saved'}")
+        _print_interrupted(run_config)
         raise typer.Exit(130) from None
     _print_outcome(folder)
 
@@ -144,6 +145,29 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
             progress.update(bar, completed=report.round)
 
         return run(grid, config, on_round=advance)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C: the last whole round is saved, and the process ends."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_interrupted(config: RunConfig) -> None:
+    from .server_app import CHECKPOINTS
+    from .strategies import Checkpoints
+
+    saved = config.checkpoint_every and Checkpoints(Path(config.out) / CHECKPOINTS).oldest()
+    how = "the whole rounds are saved, --resume goes on from them"
+    console.print(f"interrupted: {how if saved else 'no round is saved'}")
 
 
 @contextmanager

@@ -57,11 +57,11 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
 
 
 def store_of(context: Context, config: RunConfig) -> ClientStore | None:
-    """Return where this node keeps clients' lasting state; None for a run without checkpoints.
+    """Return where this node keeps clients' lasting state; None for a run that saves nothing.
 
     A node's own ``state-root`` comes before the run's: on a SuperNode, paths are the machine's.
     """
-    if not config.checkpoint_every:
+    if not (config.checkpoint_every or config.resume):
         return None
     root = str(context.node_config.get(STATE_ROOT, "")) or config.state_root
     return ClientStore(Path(root).expanduser() if root else Path(config.out) / STATE_FOLDER)

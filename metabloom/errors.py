@@ -35,6 +35,16 @@ class CheckpointError(MetabloomError):
     """A checkpoint cannot be written, or none of those that are there can be read."""
 
 
+def shortened(text: object, longest: int = 500) -> str:
+    """Return a text that others wrote, cut to so many characters and made fit for any file.
+
+    >>> shortened("abcdef", longest=4)
+    'abcd...'
+    """
+    whole = str(text).encode(errors="replace").decode()
+    return whole if len(whole) <= longest else f"{whole[:longest]}..."
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a name that is not among ``known``, with the nearest one that is.
 

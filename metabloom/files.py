@@ -19,6 +19,12 @@ _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}", re.DOTALL)  # as mkstemp names them
 
 
+class Json(str):
+    """A text that is JSON already, which ``seal_json`` takes as it is."""
+
+    __slots__ = ()
+
+
 def write_atomic(path: Path, content: bytes, *, advice: str = ANOTHER_FOLDER) -> None:
     """Write ``content`` to ``path``, whole or not at all, and make its folder.
 
@@ -80,7 +86,8 @@ def seal_json(members: Mapping[str, Any]) -> bytes:
     """Return a JSON object of ``members`` and "checksum", the SHA-256 of the object without it.
 
     Numbers come back to the bit: a float that is not finite, which JSON does not know, becomes
-    ``{"float": its 8 bytes in hexadecimal}``. Keys must be texts; tuples come back as lists.
+    ``{"float": its 8 bytes in hexadecimal}``. Keys must be texts; tuples come back as lists. A
+    member that is ``Json`` is what ``as_json`` made of it.
 
     Raises:
         TypeError: where a member holds what JSON cannot, naming it.
@@ -89,9 +96,22 @@ def seal_json(members: Mapping[str, Any]) -> bytes:
     >>> unseal_json(seal_json({"round": 12, "loss": float("inf")}))
     {'round': 12, 'loss': inf}
     """
-    text = ",".join(f"{_ENCODE(key)}:{_json(key, value)}" for key, value in members.items())
+    text = ",".join(f"{_ENCODE(key)}:{as_json(key, value)}" for key, value in members.items())
     body = f"{{{text}}}".encode()
     return body[:-1] + _seal_of(body)
+
+
+def as_json(name: str, value: Any) -> Json:
+    """Return the JSON of ``value`` as ``seal_json`` writes it; errors call the value ``name``."""
+    if isinstance(value, Json):
+        return value
+    try:
+        try:
+            return Json(_ENCODE(value))
+        except ValueError:  # most often all is finite: look for what is not only where it must be
+            return Json(_ENCODE(_marked(value)))
+    except (TypeError, ValueError) as err:
+        raise type(err)(f"{name}: {err}") from err
 
 
 def unseal_json(content: bytes) -> dict[str, Any]:
@@ -106,16 +126,6 @@ def unseal_json(content: bytes) -> dict[str, Any]:
 def _seal_of(body: bytes) -> bytes:
     """Return what takes the place of the last brace of ``body``."""
     return f',"checksum":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
-
-
-def _json(key: str, value: Any) -> str:
-    try:
-        try:
-            return _ENCODE(value)
-        except ValueError:  # most often all is finite: look for what is not only where it must be
-            return _ENCODE(_marked(value))
-    except (TypeError, ValueError) as err:
-        raise type(err)(f"{key}: {err}") from err
 
 
 def _marked(value: Any) -> Any:

@@ -33,6 +33,7 @@ class FedAvg(RuleStrategy):
         **shell: Any,
     ) -> None:
         super().__init__(interpolate(weighting=weighting, aggregate=aggregate), **shell)
+        self.weighting = weighting
 
 
 def local_sgd(config: RunConfig) -> dict[str, object]:

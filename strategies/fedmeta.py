@@ -59,6 +59,9 @@ class FedMeta(RuleStrategy):
         factory = _factory(optimizer, lr) if isinstance(optimizer, str) else optimizer
         rule = server_optimizer(factory, weighting=weighting, aggregate=aggregate)
         super().__init__(rule, **shell)
+        self.optimizer = optimizer
+        self.lr = lr
+        self.weighting = weighting
 
 
 def _factory(name: str, lr: float) -> OptimizerFactory:

@@ -37,6 +37,8 @@ class Reptile(RuleStrategy):
         **shell: Any,
     ) -> None:
         super().__init__(interpolate(epsilon, weighting=weighting, aggregate=aggregate), **shell)
+        self.epsilon = epsilon
+        self.weighting = weighting
 
 
 @STRATEGIES.register("reptile")

@@ -1,9 +1,11 @@
 """One exchange of messages: what became of each message that was sent."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import Message
+from flwr.common import log
 
 from ...wire import NamedArrays
 from .firewall import Firewall, Judged, sift
@@ -20,12 +22,14 @@ class Exchange:
         failed: nodes that raised, each with its reason.
         refused: nodes whose reply the firewall refused.
         lost: nodes of which nothing came in time, or which are gone, as the SuperLink says.
+        offenders: those that failed or were refused by a fault of their own.
     """
 
     good: list[tuple[int, Judged]]
     failed: Told
     refused: Told
     lost: Told
+    offenders: list[int]
 
 
 def sort_replies(
@@ -38,27 +42,49 @@ def sort_replies(
     timeout_s: float,
     initial: NamedArrays | None = None,
 ) -> Exchange:
-    """Return what became of ``messages``, which have their ids by now; see ``sift``."""
-    received = list(replies)
+    """Return what became of ``messages``, which have their ids by now; see ``judge``.
+
+    Of several replies to one message the first counts; what nobody asked for is left out.
+    """
     recipients = {one.metadata.message_id: one.metadata.dst_node_id for one in messages}
-
-    def node_of(reply: Message) -> int:
-        # The SuperLink answers in its own name for a node that was lost.
-        return recipients.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-
-    good, bad = sift(received, sent, firewall, weight_key, initial)
-    failed: Told = []
-    refused: Told = []
-    lost: Told = []
-    for one in bad:
-        node_id = node_of(one.message)
-        if not one.message.has_error():
-            refused.append((node_id, one.reason))
-        elif node_id == one.message.metadata.src_node_id:
-            failed.append((node_id, one.reason))
+    answers: dict[int, Message] = {}
+    for reply in replies:
+        node_id = _recipient(reply, recipients)
+        if node_id is None or node_id in answers:
+            log(WARNING, "a reply that was not asked for, or came twice, is left out")
         else:
-            lost.append((node_id, one.reason))
-    answered = {node_of(reply) for reply in received}
-    silent = [node_id for node_id in recipients.values() if node_id not in answered]
-    lost += [(node_id, f"no reply within {timeout_s:g} s") for node_id in silent]
-    return Exchange([(node_of(one.message), one) for one in good], failed, refused, lost)
+            answers[node_id] = reply
+    good, bad = sift(answers.values(), sent, firewall, weight_key, initial)
+    nodes = {id(reply): node_id for node_id, reply in answers.items()}
+    fates: dict[str, list[tuple[int, Judged]]] = {"failed": [], "refused": [], "lost": []}
+    for one in bad:
+        node_id = nodes[id(one.message)]
+        fates[_fate(one.message, node_id)].append((node_id, one))
+    silent = [node_id for node_id in recipients.values() if node_id not in answers]
+    return Exchange(
+        good=[(nodes[id(one.message)], one) for one in good],
+        failed=_told(fates["failed"]),
+        refused=_told(fates["refused"]),
+        lost=_told(fates["lost"]) + [(n, f"no reply within {timeout_s:g} s") for n in silent],
+        offenders=[n for fate in ("failed", "refused") for n, one in fates[fate] if one.is_offence],
+    )
+
+
+def _recipient(reply: object, recipients: Mapping[str, int]) -> int | None:
+    """Return the node that a reply is of; None where it answers none of the messages.
+
+    The SuperLink answers in its own name for a node that was lost.
+    """
+    if not isinstance(reply, Message):
+        return None
+    return recipients.get(reply.metadata.reply_to_message_id)
+
+
+def _fate(reply: Message, node_id: int) -> str:
+    if not reply.has_error():
+        return "refused"
+    return "failed" if reply.metadata.src_node_id == node_id else "lost"
+
+
+def _told(pairs: list[tuple[int, Judged]]) -> Told:
+    return [(node_id, one.reason) for node_id, one in pairs]

@@ -12,13 +12,13 @@ from typing import Literal, get_args
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from ...errors import ConfigError, unknown_name
+from ...errors import ConfigError, shortened, unknown_name
 from ...wire import NamedArrays, from_record
-from .reply_metrics import finite_metrics, records_of, weight_of
+from .reply_metrics import DIVERGED, finite_metrics, records_of, weight_of
 
 NormAction = Literal["refuse", "clip"]
-DIVERGED = "holds NaN or infinity"
-LONGEST = 500  # characters of a reason: names and texts in a reply are its sender's
+MOST_METRICS = 1000
+LONGEST_NAME = 200  # characters of a metric's name
 INEXACT = "fc"  # kinds of dtype that hold NaN
 FAST = (np.dtype(np.float32), np.dtype(np.float64))  # what BLAS takes
 
@@ -30,9 +30,10 @@ class Firewall:
     Attributes:
         max_value: largest absolute value of an array, > 0.
         max_weight: largest weight (``num-examples``) of a reply, > 0.
-        max_share: largest share of the total weight of three or more replies, in (0, 1].
+        max_share: largest share of the total weight of three or more training replies, in (0, 1].
         max_update_norm: largest L2 norm of w_i - w over all floating arrays, > 0; None: any.
-        required_metrics: names that the metrics of a training reply must have, as single numbers.
+        required_metrics: names that the metrics of a training reply must have, as one number in
+            [0, max_weight] each.
         norm_action: "refuse" a larger update, or "clip" it: w + (w_i - w) * bound / norm.
 
     Raises:
@@ -62,11 +63,19 @@ class Firewall:
 
 @dataclass(frozen=True)
 class Judged:
-    """A reply, its arrays (empty for an evaluation), and why it is bad: "" where it is good."""
+    """A reply that was judged.
+
+    Attributes:
+        message: the reply.
+        arrays: its arrays; empty for an evaluation.
+        reason: why it is bad; "" where it is good.
+        is_offence: whether that is a fault of its own; to hold most of the records is none.
+    """
 
     message: Message
     arrays: NamedArrays
     reason: str
+    is_offence: bool = True
 
 
 def sift(
@@ -80,14 +89,14 @@ def sift(
     judged = [judge(one, sent, firewall, weight_key, initial) for one in replies]
     good = [one for one in judged if not one.reason]
     bad = [one for one in judged if one.reason]
-    while len(good) >= 3:
+    while sent is not None and len(good) >= 3:
         weights = [weight_of(one.message.content, weight_key) for one in good]
         share = max(weights) / sum(weights)
         if share <= firewall.max_share:
             break
         heavy = good.pop(weights.index(max(weights)))
         reason = f"{weight_key} is {share:.1%} of the total, above {firewall.max_share:.1%}"
-        bad.append(replace(heavy, reason=reason))
+        bad.append(replace(heavy, reason=reason, is_offence=False))
     return good, bad
 
 
@@ -128,8 +137,7 @@ def judge(
                 )
     except Exception as err:  # whatever a reply can hold: it is its sender's fault, not the run's
         reason = f"cannot be read: {type(err).__name__}: {err}"
-    short = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
-    return Judged(message, arrays, short)
+    return Judged(message, arrays, shortened(reason))
 
 
 def clipped(arrays: NamedArrays, sent: NamedArrays, max_norm: float) -> NamedArrays:
@@ -208,6 +216,10 @@ def _judge_weight(content: RecordDict, firewall: Firewall, weight_key: str) -> s
     if len(records) != 1:
         return f"{len(records)} MetricRecords: exactly one is needed"
     metrics = records[0]
+    if len(metrics) > MOST_METRICS:
+        return f"{len(metrics)} metrics: at most {MOST_METRICS} are allowed"
+    if any(len(name) > LONGEST_NAME for name in metrics):
+        return f"a metric has a name of more than {LONGEST_NAME} characters"
     if weight_key not in metrics:
         return f"metric {weight_key!r} is missing"
     value = metrics[weight_key]
@@ -223,8 +235,9 @@ def _judge_metrics(content: RecordDict, firewall: Firewall) -> str:
     if wild:
         return f"metric {wild[0]!r} {DIVERGED}"
     for name in firewall.required_metrics:
-        if name not in finite or isinstance(finite[name], list):
-            return f"metric {name!r} is missing, or not one number"
+        value = finite.get(name, [])
+        if isinstance(value, list) or not 0 <= value <= firewall.max_weight:
+            return f"metric {name!r} is missing, or not one number from 0 to the largest weight"
     return ""
 
 

@@ -8,7 +8,7 @@ bit; a round without enough of them leaves the model as it is.
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from logging import INFO
+from logging import ERROR, INFO
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -18,17 +18,28 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping as AdaptiveClippingAtClients,
 )
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, QFedAvg, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore.differential_privacy import KEY_NORM_BIT
 
 from ...errors import ConfigError
 from ...wire import NUM_EXAMPLES, NamedArrays, from_record, size_of, to_record
 from .exchange import sort_replies
-from .firewall import DIVERGED, Firewall, clipped, not_finite
+from .firewall import Firewall, clipped, not_finite
 from .patient_grid import PatientGrid
-from .reply_metrics import finite_metrics, in_common, with_metrics, with_others
+from .reply_metrics import (
+    DIVERGED,
+    diverged,
+    finite_metrics,
+    in_common,
+    usual_ones,
+    with_metrics,
+    with_others,
+)
 from .reports import RunResult
 from .round import RoundInProgress
+from .strategy import RuleStrategy
 
+LARGEST_COUNTER = 2.0**53  # up to it float64, in which Flower averages, has every whole number
 UNLIKE = (FedXgbBagging, FedXgbCyclic)  # their clients answer with other arrays than were sent
 
 
@@ -41,12 +52,14 @@ def guard(
     """Return ``strategy`` behind the reply firewall.
 
     Args:
-        strategy: any Message-API strategy whose clients answer with the arrays that they got.
+        strategy: any Message-API strategy that sends every client the same arrays, and whose
+            clients answer with those. Ours have this firewall already.
         firewall: what is refused; None: the defaults of ``Firewall``.
         min_fit_replies: good replies that a round needs, >= 1; with fewer the model stays.
 
     Raises:
-        ConfigError: where a value is out of range, or the strategy is one of Flower's XGBoost ones.
+        ConfigError: where a value is out of range, or the strategy is of ours, or one of Flower's
+            XGBoost ones.
 
     Example:
         >>> from flwr.serverapp.strategy import FedAdam
@@ -64,6 +77,11 @@ class Guarded(Strategy):
             raise ConfigError(
                 f"guard({type(strategy).__name__}): a strategy of flwr.serverapp is needed"
             )
+        if isinstance(strategy, RuleStrategy):
+            raise ConfigError(
+                f"guard({type(strategy).__name__}): it has this firewall already: give it "
+                "firewall= and min_fit_replies="
+            )
         if isinstance(strategy, UNLIKE):
             raise ConfigError(
                 f"guard({type(strategy).__name__}): its clients answer with trees that were not "
@@ -71,7 +89,7 @@ class Guarded(Strategy):
             )
         if min_fit_replies < 1:
             raise ConfigError(f"min_fit_replies = {min_fit_replies}: must be at least 1")
-        nested = list(_nested(strategy))
+        nested = self._strategies = list(_nested(strategy))
         self.strategy = strategy
         self.firewall = replace(
             firewall, required_metrics=(*firewall.required_metrics, *_needed(nested))
@@ -136,15 +154,17 @@ class Guarded(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the strategy's next model of the good replies; (None, None) with too few."""
-        good = self._good(replies, self._sent)
+        if not self._round.clients:
+            return self.strategy.aggregate_train(server_round, replies)
+        good = self._usual(self._good(replies, self._sent), "train_metrics_aggr_fn")
         if len(good) < self.min_fit_replies:
             return self._round.skip(f"{len(good)} good replies, {self.min_fit_replies} are needed")
         contents = [message.content for message in good]
         answers = [
-            _with(message, self._clipped(content))
+            _with(message, self._as_sent(content))
             for message, content in zip(good, in_common(contents), strict=True)
         ]
-        before = [(one, dict(vars(one))) for one in _nested(self.strategy)]
+        before = [(one, dict(vars(one))) for one in self._strategies]
         arrays, metrics, fault = self._aggregated(server_round, answers)
         if arrays is None or fault:
             for one, attributes in before:  # what it computed from these replies is not kept
@@ -170,26 +190,28 @@ class Guarded(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the strategy's metrics of the good replies; None where there are none."""
-        good = self._good(replies, None)
+        finite = [_with(one, self._finite(one)) for one in self._good(replies, None)]
+        good = self._usual(finite, "evaluate_metrics_aggr_fn")
         if not good:
             return None
-        contents = [self._finite(message) for message in good]
+        contents = [message.content for message in good]
         answers = [_with(m, c) for m, c in zip(good, in_common(contents), strict=True)]
-        metrics = self.strategy.aggregate_evaluate(server_round, answers)
+        try:
+            metrics = self.strategy.aggregate_evaluate(server_round, answers)
+        except Exception:  # a function of the user's, and a number that it cannot do with
+            log(ERROR, "%r fails in round %d", self, server_round, exc_info=True)
+            metrics = None
         return with_others(metrics, contents, self.weighted_by_key)
 
     def _aggregated(
         self, server_round: int, answers: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None, str]:
         """Return the strategy's model and metrics, or what is wrong with them."""
-        all_are_good = len(answers) == len(self._round.clients)
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(all="ignore"):
                 arrays, metrics = self.strategy.aggregate_train(server_round, answers)
-        except Exception as err:
-            if all_are_good:
-                raise
-            # Some strategies cannot do with fewer replies than they asked for.
+        except Exception as err:  # too few replies for it, or values that it cannot do with
+            log(ERROR, "%r fails in round %d", self, server_round, exc_info=True)
             return None, None, f"{type(self.strategy).__name__}: {type(err).__name__}: {err}"
         wild = not_finite(from_record(arrays)) if arrays else ""
         return arrays, metrics, f"the aggregated array {wild!r} {DIVERGED}" if wild else ""
@@ -209,34 +231,60 @@ class Guarded(Strategy):
         self._round.note(exchange, "node-{}".format)
         return [one.message for _, one in exchange.good]
 
+    def _usual(self, messages: list[Message], function: str) -> list[Message]:
+        """Return the replies that a function of the user's can do with: those with usual metrics.
+
+        Flower's own mean can do with all.
+        """
+        own = [getattr(one, function, aggregate_metricrecords) for one in self._strategies]
+        if not messages or all(one is aggregate_metricrecords for one in own):
+            return messages
+        usual = {id(one) for one in usual_ones([message.content for message in messages])}
+        unlike = [message for message in messages if id(message.content) not in usual]
+        for message in unlike:
+            reason = "its metrics are not those of most replies, on which the strategy counts"
+            self._round.quarantined.append((f"node-{message.metadata.src_node_id}", reason))
+        return [message for message in messages if id(message.content) in usual]
+
     def _finite(self, message: Message) -> RecordDict:
         metrics, wild = finite_metrics(message.content)
-        node = f"node-{message.metadata.src_node_id}"
-        self._round.quarantined += [(node, f"metric {n!r} {DIVERGED}: left out") for n in wild]
+        if wild:
+            node = f"node-{message.metadata.src_node_id}"
+            self._round.quarantined.append((node, diverged(wild)))
         return with_metrics(message.content, metrics) if wild else message.content
 
-    def _clipped(self, content: RecordDict) -> RecordDict:
-        bound = self.firewall.max_update_norm
-        if bound is None or self.firewall.norm_action != "clip":
-            return content
+    def _as_sent(self, content: RecordDict) -> RecordDict:
+        """Return a reply with its arrays in the order in which they were sent, and clipped.
+
+        Some of Flower's strategies go by their positions.
+        """
         ((name, record),) = content.array_records.items()
-        arrays = clipped(from_record(record), self._sent, bound)
-        return RecordDict({**content, name: to_record(arrays)})
+        if list(record) != list(self._sent):
+            record = ArrayRecord({one: record[one] for one in self._sent})
+        bound = self.firewall.max_update_norm
+        if bound is not None and self.firewall.norm_action == "clip":
+            record = to_record(clipped(from_record(record), self._sent, bound))
+        return RecordDict({**content, name: record})
 
     def _with_whole_numbers(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return counters as the whole numbers that they were: Flower's mean makes floats of them.
 
         Clients whose counters are whole would be refused in the next round.
         """
-        values = from_record(arrays)
         whole = {
-            name: np.asarray(np.rint(value), dtype=self._initial[name].dtype)
-            for name, value in values.items()
-            if np.issubdtype(value.dtype, np.floating)
+            name: self._whole(name, value)
+            for name, value in from_record(arrays).items()
+            if value.dtype.kind == "f"
             and name in self._initial
-            and not np.issubdtype(self._initial[name].dtype, np.inexact)
+            and self._initial[name].dtype.kind in "biu"
         }
-        return to_record({**values, **whole}) if whole else arrays
+        return ArrayRecord({**arrays, **to_record(whole)}) if whole else arrays
+
+    def _whole(self, name: str, value: np.ndarray) -> np.ndarray:
+        rounded = np.rint(value)
+        if np.abs(rounded).max(initial=0.0) > LARGEST_COUNTER:
+            rounded = self._sent[name]  # no count of anything: what was sent stays
+        return np.asarray(rounded, dtype=self._initial[name].dtype)
 
 
 def _nested(strategy: Strategy) -> Iterable[Strategy]:

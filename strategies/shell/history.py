@@ -2,14 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import MetricRecord
 
 from ...wire import NamedArrays
 from ..rules import State
-from .checkpoint import Snapshot
 from .reports import RoundReport
+from .snapshot import HISTORIES, Snapshot
 
 Metrics = dict[int, MetricRecord]  # by round
 
@@ -33,31 +35,39 @@ class History:
     evaluate_metrics: Metrics = field(default_factory=dict)
     server_metrics: Metrics = field(default_factory=dict)
     offences: Counter[str] = field(default_factory=Counter)
+    _copies: dict[str, dict[int, dict[str, Any]]] = field(
+        default_factory=lambda: {name: {} for name in HISTORIES},
+        init=False,
+        repr=False,
+        compare=False,
+    )
 
     @classmethod
     def of(cls, kept: Snapshot) -> "History":
         """Return the history that a snapshot holds."""
-        return cls(
-            token=kept.token,
-            reports=list(kept.reports),
-            train_metrics={n: MetricRecord(dict(m)) for n, m in kept.train_metrics.items()},
-            evaluate_metrics={n: MetricRecord(dict(m)) for n, m in kept.evaluate_metrics.items()},
-            server_metrics={n: MetricRecord(dict(m)) for n, m in kept.server_metrics.items()},
-            offences=Counter(kept.offences),
-        )
+        metrics = {
+            name: {n: MetricRecord(dict(one)) for n, one in getattr(kept, name).items()}
+            for name in HISTORIES
+        }
+        offences = Counter(kept.offences)
+        return cls(token=kept.token, reports=list(kept.reports), offences=offences, **metrics)
 
     def snapshot(
         self, number: int, arrays: NamedArrays, state: State | None, told: tuple[str, ...]
     ) -> Snapshot:
-        """Return the state of the run after round ``number``, which later rounds do not change."""
+        """Return the state of the run after round ``number``, which later rounds do not change.
+
+        The metrics of each round are copied once, in the first snapshot that holds them.
+        """
+        for name, copies in self._copies.items():
+            new = islice(getattr(self, name).items(), len(copies), None)
+            copies |= {n: dict(metrics) for n, metrics in new}
         return Snapshot(
             round=number,
             arrays=arrays,
             state=state,
             reports=tuple(self.reports),
-            train_metrics={n: dict(m) for n, m in self.train_metrics.items()},
-            evaluate_metrics={n: dict(m) for n, m in self.evaluate_metrics.items()},
-            server_metrics={n: dict(m) for n, m in self.server_metrics.items()},
+            **{name: dict(copies) for name, copies in self._copies.items()},
             offences=dict(self.offences),
             told=told,
             token=self.token,

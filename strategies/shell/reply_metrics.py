@@ -1,15 +1,20 @@
 """The metrics of replies, which may differ: what is finite, what all have, and their means."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from logging import ERROR
 from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from ...wire import ARRAYS, METRICS
 
 Metric = int | float | list[int] | list[float]
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
+DIVERGED = "holds NaN or infinity"
 LARGEST = 1e300  # of a metric: a mean of larger ones could round to infinity
 AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -53,13 +58,35 @@ def with_metrics(content: RecordDict, metrics: Mapping[str, Metric]) -> RecordDi
 def aggregate_metrics(
     contents: Sequence[RecordDict], aggregate: AggregateMetrics, weight_key: str
 ) -> MetricRecord:
-    """Return ``aggregate`` of the metrics that all replies have, and the means of the others.
+    """Return ``aggregate`` of the replies that have the usual metrics, and the means of the others.
 
-    Replies that agree go to ``aggregate`` as they are. A metric that some replies lack, or have as
-    a list where others have a number, is the weighted mean over those that have it in the most
-    common form.
+    Replies that agree go to ``aggregate`` as they are. Where they do not, Flower's own mean gets
+    the metrics that all have, and a function of the user's the replies that have all the usual
+    ones, which it may count on. A metric that it does not return is the weighted mean over those
+    that have it in the most common form.
     """
-    return with_others(aggregate(in_common(contents), weight_key), contents, weight_key)
+    shared = in_common(contents if aggregate is aggregate_metricrecords else usual_ones(contents))
+    try:
+        metrics = aggregate(shared, weight_key)
+    except Exception:  # a number that it cannot do with shall not end the run
+        log(ERROR, "%r fails: the usual mean takes its place", aggregate, exc_info=True)
+        metrics = aggregate_metricrecords(in_common(contents), weight_key)
+    return with_others(metrics, contents, weight_key)
+
+
+def usual_ones(contents: Sequence[RecordDict]) -> list[RecordDict]:
+    """Return the replies that have every metric, in its form, which more than half of them have."""
+    forms = [set(_forms(metrics_of(one)).items()) for one in contents]
+    counts = Counter(form for one in forms for form in one)
+    usual = {form for form, count in counts.items() if 2 * count > len(contents)}
+    return [one for one, its in zip(contents, forms, strict=True) if usual <= its] or list(contents)
+
+
+def diverged(names: Sequence[str]) -> str:
+    """Return the note on metrics that are left out of a reply."""
+    if len(names) == 1:
+        return f"metric {names[0]!r} {DIVERGED}: left out"
+    return f"{len(names)} metrics, {names[0]!r} the first, hold NaN or infinity: left out"
 
 
 def in_common(contents: Sequence[RecordDict]) -> list[RecordDict]:

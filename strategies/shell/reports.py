@@ -1,8 +1,11 @@
 """What a run reports: the scores of single clients, what each round did, and the result."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from flwr.serverapp.strategy import Result
+
+from ...files import Json, as_json
 
 Failures = tuple[tuple[str, str], ...]  # (client, reason)
 
@@ -53,6 +56,16 @@ class RoundReport:
     seconds: float
     quarantined: Failures = ()
     skipped: bool = False
+
+    @cached_property
+    def as_json(self) -> Json:
+        """The report as each checkpoint from its round on holds it, encoded once.
+
+        Raises:
+            TypeError: where a metric is no number.
+        """
+        members = {**vars(self), "validation": [vars(score) for score in self.validation]}
+        return as_json(f"report of round {self.round}", members)
 
 
 @dataclass

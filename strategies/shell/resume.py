@@ -1,16 +1,17 @@
 """Go on with a run that was stopped: from its newest checkpoint, through Flower's own loop."""
 
 from collections.abc import Iterable
-from logging import INFO, WARNING
+from logging import ERROR, INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError, MetabloomError
 from ...wire import NamedArrays
-from .checkpoint import Checkpoints, Snapshot
+from .checkpoint import Checkpoints
+from .snapshot import INSTEAD, Snapshot
 
 
 def snapshot_to_resume(
@@ -55,12 +56,15 @@ def _check_same_model(kept: NamedArrays, initial: NamedArrays) -> None:
         if old != new:
             raise ConfigError(
                 f"array {name!r} is {old} in the checkpoint and {new} in this run: resume with the "
-                "same model, or without resume"
+                f"same model, or {INSTEAD}"
             )
 
 
 class Saver:
     """Saves every so many rounds, and the last whole one when the run ends, however it ends.
+
+    A disk that fails does not end the run: it is logged as an error, and tried again with the next
+    round. A state that can never be saved does, with the first try.
 
     Args:
         checkpoints: None: nothing is saved.
@@ -71,18 +75,44 @@ class Saver:
         self._checkpoints = checkpoints if checkpoints and checkpoints.every else None
         self._last = kept
         self._saved = kept.round if kept else 0
+        self._overdue = False
 
     def offer(self, snapshot: Snapshot) -> None:
-        """Take the state after a round, and save it where its turn has come."""
+        """Take the state after a round, and save it where its turn has come.
+
+        Raises:
+            CheckpointError: where it holds what can never be saved.
+        """
         self._last = snapshot
-        if self._checkpoints and snapshot.round % self._checkpoints.every == 0:
+        every = self._checkpoints.every if self._checkpoints else 0
+        if every and (self._overdue or snapshot.round % every == 0):
             self.flush()
 
-    def flush(self) -> None:
-        """Save the last state that was offered, unless it is saved."""
-        if self._checkpoints and self._last and self._last.round > self._saved:
+    def flush(self, *, failing: bool = False) -> None:
+        """Save the last state that was offered, unless it is saved or can never be.
+
+        Args:
+            failing: an exception is under way, which is what matters: whatever goes wrong here is
+                logged only.
+
+        Raises:
+            CheckpointError: where the state holds what can never be saved; not when ``failing``.
+        """
+        if not (self._checkpoints and self._last and self._last.round > self._saved):
+            return
+        number = self._last.round
+        try:
             self._checkpoints.save(self._last)
-            self._saved = self._last.round
+        except Exception as err:
+            self._overdue = isinstance(err, MetabloomError) and not isinstance(err, CheckpointError)
+            if not self._overdue:
+                self._last = None  # it can never be saved
+                if not failing:
+                    raise
+            told = "round %d could not be saved, the checkpoints before it are kept: %s"
+            log(ERROR, told, number, err)
+        else:
+            self._saved, self._overdue = number, False
 
 
 class ResumedRun(Strategy):

@@ -6,14 +6,14 @@ Sampling and results then depend on partitions, never on node ids or their order
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ...errors import MetabloomError
+from ...errors import MetabloomError, shortened
 from ...wire import (
     CLIENT_NAME,
     DROPPED,
@@ -25,6 +25,8 @@ from ...wire import (
     ROLL_CALL,
 )
 
+ROLES = ("train", "validation", "unseen", "surplus")
+LONGEST_NAME = 100  # characters: names and errors are what nodes say of themselves
 POLL_S = 1.0
 GATHER_S = 30.0  # how long to wait for announced nodes that have not connected yet
 ROLL_CALL_S = 600.0  # for the first answers of nodes, which may load their data for it
@@ -91,12 +93,16 @@ class Roster:
         while True:
             if self._ask_newcomers(grid, timeout_s):
                 grace = time.monotonic() + grace_s
-            self._refuse_if_none_can()
             heard = len(self._connected())
-            announced = max((node.num_partitions for node in self._connected()), default=0)
-            if heard >= max(min_nodes, 1) and (heard >= announced or time.monotonic() > grace):
+            announced = max((node.num_partitions for node in self._heard.values()), default=0)
+            enough = heard >= max(min_nodes, 1) and (heard >= announced or time.monotonic() > grace)
+            none_can = heard > 0 and all(self._fault(node) for node in self._connected())
+            if enough and not none_can:
                 return
-            if time.monotonic() > deadline:
+            late = time.monotonic() > deadline
+            if none_can and (late or heard >= announced):  # else a better one may still come
+                raise MetabloomError(f"no node can take part; {self.first_fault()}")
+            if late:
                 raise MetabloomError(
                     f"{len(self._present)} nodes are connected, {heard} answered the roll call, "
                     f"{min_nodes} are needed, and {timeout_s:g} s have passed: start more "
@@ -118,8 +124,17 @@ class Roster:
 
     @property
     def has_roles(self) -> bool:
-        """Whether any node said a role."""
-        return any(node.role for node in self._heard.values())
+        """Whether most nodes said a role: then one that did not has none. Else it trains.
+
+        Most, not any: one node that claims a role shall not send all others home.
+        """
+        fit = [node for node in self._connected() if not node.error]
+        return 2 * sum(node.role is not None for node in fit) > len(fit)
+
+    @property
+    def was_called(self) -> bool:
+        """Whether any node was asked."""
+        return bool(self._calls or self._heard)
 
     @property
     def dropped(self) -> int:
@@ -156,11 +171,6 @@ class Roster:
     def _connected(self) -> list[Node]:
         return [self._heard[node_id] for node_id in self._present if node_id in self._heard]
 
-    def _refuse_if_none_can(self) -> None:
-        connected = self._connected()
-        if connected and all(self._fault(node) for node in connected):
-            raise MetabloomError(f"no node can take part; {self.first_fault()}")
-
     def _ask_newcomers(self, grid: Grid, timeout_s: float) -> bool:
         self._present = list(grid.get_node_ids())
         self._calls = Counter({n: c for n, c in self._calls.items() if n in self._present})
@@ -178,10 +188,20 @@ class Roster:
         self._calls.update(node_ids)
         answers = call_roll(grid, node_ids, timeout_s=timeout_s)
         self._heard |= answers
+        self._tell_apart()
         silent = len(node_ids) - len(answers)
         level = WARNING if silent else INFO
         log(level, "roll call: %d of %d nodes answered", len(answers), len(node_ids))
         return bool(answers)
+
+    def _tell_apart(self) -> None:
+        """Give nodes that claim one name names of their own: one could be taken for the other."""
+        names = Counter(node.name for node in self._connected())
+        for node in self._connected():
+            if names[node.name] > 1:
+                log(WARNING, "%d nodes say that they are %s", names[node.name], node.name)
+                unlike = f"{node.name} (node-{node.node_id})"
+                self._heard[node.node_id] = replace(node, client=unlike)
 
 
 def call_roll(grid: Grid, node_ids: Iterable[int], *, timeout_s: float) -> dict[int, Node]:
@@ -199,7 +219,9 @@ def call_roll(grid: Grid, node_ids: Iterable[int], *, timeout_s: float) -> dict[
         if reply.has_content():
             nodes[node_id] = _read(node_id, reply.content)
         elif reply.metadata.src_node_id == node_id:  # else the SuperLink speaks of a lost node
-            nodes[node_id] = Node(node_id, reply_error=reply.error.reason or "no reason given")
+            nodes[node_id] = Node(
+                node_id, reply_error=shortened(reply.error.reason or "no reason given")
+            )
     return nodes
 
 
@@ -215,8 +237,8 @@ def _read(node_id: int, content: RecordDict) -> Node:
         node_id,
         partition_id=partition if isinstance(partition, int) else None,
         num_partitions=total if isinstance(total, int) else 0,
-        role=role if isinstance(role, str) else None,
-        client=name if isinstance(name, str) else "",
+        role=str(role) if role in ROLES else None,
+        client=shortened(name, LONGEST_NAME) if isinstance(name, str) else "",
         dropped=dropped if isinstance(dropped, int) else 0,
-        error=error if isinstance(error, str) else "",
+        error=shortened(error) if isinstance(error, str) else "",
     )

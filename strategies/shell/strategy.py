@@ -5,24 +5,19 @@
 under ``flwr run`` and on a SuperLink.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from ...config import Scalar
 from ...errors import ConfigError, MetabloomError
 from ...streams import numpy_stream
 from ...wire import (
@@ -35,12 +30,15 @@ from ...wire import (
     to_record,
 )
 from ..rules import Reply, Rule, State
-from .checkpoint import Checkpoints, Snapshot
+from .checkpoint import Checkpoints
 from .exchange import sort_replies
-from .firewall import DIVERGED, Firewall, Judged, clipped, not_finite
+from .firewall import Firewall, Judged, clipped, not_finite
 from .history import History
+from .lock import held
 from .reply_metrics import (
+    DIVERGED,
     aggregate_metrics,
+    diverged,
     finite_metrics,
     numbers_of,
     records_of,
@@ -51,6 +49,7 @@ from .reports import ClientScore, RoundReport, RunResult
 from .resume import ResumedRun, Saver, snapshot_to_resume
 from .roll_call import Node, Roster
 from .round import RoundInProgress
+from .snapshot import Snapshot
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -71,7 +70,8 @@ class RuleStrategy(FedAvg):
             and the round is marked as skipped.
         max_offences: a client with so many bad replies (raised, or refused) is not sampled any
             more; None: all always are.
-        checkpoints: where the state is saved and resumed from; None: nowhere.
+        checkpoints: where the state is saved and resumed from; None: nowhere. Without ``settings``
+            of their own they take the strategy's.
         on_round: called with a RoundReport after each round (a progress bar).
         fedavg: any keyword argument of Flower's FedAvg.
 
@@ -95,14 +95,14 @@ class RuleStrategy(FedAvg):
         on_round: Callable[[RoundReport], None] | None = None,
         **fedavg: Any,
     ) -> None:
-        if clients_per_round is not None and clients_per_round < 1:
-            raise ConfigError(f"clients_per_round = {clients_per_round}: must be at least 1")
-        if eval_every < 0:
-            raise ConfigError(f"eval_every = {eval_every}: must be at least 0 (0: never)")
-        if min_fit_replies < 1:
-            raise ConfigError(f"min_fit_replies = {min_fit_replies}: must be at least 1")
-        if max_offences is not None and max_offences < 1:
-            raise ConfigError(f"max_offences = {max_offences}: must be at least 1, or None")
+        for name, value, least in (
+            ("clients_per_round", clients_per_round, 1),
+            ("eval_every", eval_every, 0),
+            ("min_fit_replies", min_fit_replies, 1),
+            ("max_offences", max_offences, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} = {value}: must be at least {least}")
         super().__init__(**fedavg)
         self.rule = rule
         self.seed = seed
@@ -111,12 +111,19 @@ class RuleStrategy(FedAvg):
         self.firewall = firewall or Firewall()
         self.min_fit_replies = min_fit_replies
         self.max_offences = max_offences
-        self.checkpoints = checkpoints and replace(
-            checkpoints,
-            settings={"strategy": type(self).__name__, "seed": seed, **checkpoints.settings},
-        )
+        self.checkpoints = checkpoints
         self.on_round = on_round
         self._begin(None, {}, 3600.0)
+
+    @property
+    def settings(self) -> dict[str, Scalar]:
+        """What a checkpoint must have been written with, unless it is told otherwise.
+
+        The public attributes that are numbers or texts.
+        """
+        own = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        told = {key: value for key, value in own.items() if isinstance(value, Scalar)}
+        return {"strategy": type(self).__name__, **told, "firewall": str(self.firewall)}
 
     def _begin(self, kept: Snapshot | None, arrays: NamedArrays, timeout_s: float) -> None:
         """Set the state of a run, from a snapshot or anew."""
@@ -149,25 +156,30 @@ class RuleStrategy(FedAvg):
 
         Raises:
             MetabloomError: where too few nodes connect, or none of them can train.
-            ConfigError: where the checkpoint is of another run; see ``snapshot_to_resume``.
+            ConfigError: where the checkpoint is of another run (see ``snapshot_to_resume``), or
+                another run is using the folder.
         """
         initial = from_record(initial_arrays)
-        kept = snapshot_to_resume(self.checkpoints, initial, num_rounds)
-        self._begin(kept, initial, timeout)
-        done = kept.round if kept else 0
-        first = to_record(kept.arrays) if kept else initial_arrays
-        loop = ResumedRun(self, done).start if done else super().start
-        scored = evaluate_fn and self._recorded(evaluate_fn, done)
-        try:
-            result = loop(
-                grid, first, num_rounds - done, timeout, train_config, evaluate_config, scored
-            )
-        finally:
+        if self.checkpoints and not self.checkpoints.settings:
+            self.checkpoints = replace(self.checkpoints, settings=self.settings)
+        with held(self.checkpoints):
+            kept = snapshot_to_resume(self.checkpoints, initial, num_rounds)
+            self._begin(kept, initial, timeout)
+            done = kept.round if kept else 0
+            first = to_record(kept.arrays) if kept else initial_arrays
+            loop = ResumedRun(self, done).start if done else super().start
+            scored = evaluate_fn and self._recorded(evaluate_fn, done)
+            left = num_rounds - done
+            try:
+                result = loop(grid, first, left, timeout, train_config, evaluate_config, scored)
+            except BaseException:
+                self._saver.flush(failing=True)
+                raise
             self._saver.flush()
         arrays = result.arrays or first
         config = evaluate_config or ConfigRecord()
         self._round = RoundInProgress(num_rounds)
-        if done == num_rounds:  # nothing was left to train, and so no roll was called
+        if not self._roster.was_called:  # nothing was left to train
             self._gather(grid)
         unseen = self._final_scores(grid, arrays, config, "unseen")
         trained = self.scores_training_clients
@@ -207,7 +219,8 @@ class RuleStrategy(FedAvg):
         if not candidates:
             why = self._roster.first_fault() or "no node has the role 'train'"
             raise MetabloomError(f"round {server_round}: nobody can train; {why}")
-        trusted = [node for node in candidates if not self._is_offender(node)]
+        bound, offences = self.max_offences or math.inf, self._history.offences
+        trusted = [node for node in candidates if offences[node.name] < bound]
         size = self.clients_per_round or max(
             int(len(candidates) * self.fraction_train), self.min_train_nodes
         )
@@ -316,10 +329,6 @@ class RuleStrategy(FedAvg):
             log(WARNING, "%s cannot take part: %s", name, reason)
             self._round.failures.append((name, reason))
 
-    def _is_offender(self, node: Node) -> bool:
-        bound = self.max_offences
-        return bound is not None and self._history.offences[node.name] >= bound
-
     def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
         if size > len(nodes) != self._fewest_told:
             self._fewest_told = len(nodes)
@@ -335,7 +344,7 @@ class RuleStrategy(FedAvg):
         self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
     ) -> list[Message]:
         told: dict[str, int | str] = {SERVER_ROUND: self._round.number}
-        if self.checkpoints and self.checkpoints.every:
+        if self.checkpoints and (self.checkpoints.every or self.checkpoints.resume):
             told |= {RUN_TOKEN: self._history.token, KEPT_ROUND: self.checkpoints.oldest()}
         record = RecordDict(
             {
@@ -362,7 +371,7 @@ class RuleStrategy(FedAvg):
             timeout_s=self._timeout,
         )
         self._round.note(exchange, lambda node_id: self._roster.get(node_id).name)
-        for node_id, _ in (*exchange.failed, *exchange.refused):
+        for node_id in exchange.offenders:
             self._history.offences[self._roster.get(node_id).name] += 1
         good = [(self._roster.get(node_id), one) for node_id, one in exchange.good]
         return sorted(good, key=lambda pair: pair[0].order)
@@ -381,9 +390,8 @@ class RuleStrategy(FedAvg):
         for node, judged in self._good(replies, None):
             content = judged.message.content
             metrics, wild = finite_metrics(content)
-            self._round.quarantined += [
-                (node.name, f"metric {name!r} {DIVERGED}: left out") for name in wild
-            ]
+            if wild:
+                self._round.quarantined.append((node.name, diverged(wild)))
             contents.append(with_metrics(content, metrics) if wild else content)
             numbers = numbers_of(metrics)
             count = numbers.pop(self.weighted_by_key)

@@ -51,8 +51,12 @@ def test_two_halves_are_the_whole_with_the_clients_of_the_app(strategy: str, tmp
     assert told(halves) == told(whole)
 
 
-@pytest.mark.parametrize("strategy", ["fedmeta", "ditto"])
-def test_after_ctrl_c_a_resumed_run_ends_as_if_nothing_had_been(strategy: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("strategy", "stop"), [("fedmeta", signal.SIGTERM), ("ditto", signal.SIGINT)]
+)
+def test_after_ctrl_c_or_sigterm_a_resumed_run_ends_as_if_nothing_had_been(
+    strategy: str, stop: signal.Signals, tmp_path: Path
+):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = [*SMALL, f"strategy={strategy}", "rounds=60", "checkpoint-every=5"]
     words = [word for setting in settings for word in ("--set", setting)]
@@ -67,7 +71,7 @@ def test_after_ctrl_c_a_resumed_run_ends_as_if_nothing_had_been(strategy: str, t
     deadline = time.monotonic() + 60
     while not (folder.exists() or run.poll() is not None) and time.monotonic() < deadline:
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(stop)
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "interrupted: the whole rounds are saved, --resume goes on from them" in said
@@ -114,3 +118,22 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path,
 def test_without_a_checkpoint_resume_begins_anew(tmp_path: Path, caplog):
     assert simulate(tmp_path / "out", "rounds=1", resume=True).exit_code == 0
     assert "the run begins anew" in caplog.text
+
+
+def test_an_interrupt_before_the_first_round_promises_nothing(tmp_path: Path, monkeypatch):
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metabloom.server_app.run", interrupted)
+    result = simulate(tmp_path / "out", "rounds=2")
+    assert result.exit_code == 130
+    assert "interrupted: no round is saved" in result.output
+
+
+def test_a_resumed_run_finds_personal_models_though_it_saves_no_more(tmp_path: Path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert simulate(whole, "strategy=ditto", "rounds=4").exit_code == 0
+    assert simulate(halves, "strategy=ditto", "rounds=2").exit_code == 0
+    last = ("strategy=ditto", "rounds=4", "checkpoint-every=0")
+    assert simulate(halves, *last, resume=True).exit_code == 0
+    assert told(halves) == told(whole)

@@ -154,6 +154,7 @@ BAD_REPLIES = {
     "missing metric": Bad(metrics_of(loss=None)),
     "extra metric": Bad(metrics_of(more=1.0)),
     "metric as a list": Bad(metrics_of(loss=[1.0, 2.0])),
+    "arrays in another order": Bad(arrays_of(lambda a: dict(reversed(a.items())))),
     "other names of records": Bad(lambda m: reply_with(m, model=_arrays(m), seen=_metrics(m))),
 }
 

@@ -33,7 +33,7 @@ def run(folder: Path | None, every: int, pipe: int | None = None) -> RunResult:
         if pipe is not None:
             os.write(pipe, done.round.to_bytes(1))
 
-    checkpoints = Checkpoints(folder, every=every, resume=True) if folder else None
+    checkpoints = Checkpoints(folder, every, settings=SETTINGS, resume=True) if folder else None
     strategy = strategy_of("fedmeta", checkpoints=checkpoints, on_round=report)
     return start(strategy, Toy(roles=ROLES), rounds=ROUNDS)
 

@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from metabloom.files import seal_json, temporary_of, unseal_json
 from metabloom.strategies import ClientScore, RoundReport
-from metabloom.strategies.shell.checkpoint import Checkpoints, Snapshot
+from metabloom.strategies.shell.checkpoint import Checkpoints
+from metabloom.strategies.shell.snapshot import Snapshot
 
 
 def report(number: int, loss: float = 0.25) -> RoundReport:
@@ -81,7 +82,7 @@ def exactly(value):
     if isinstance(value, list | tuple):
         return kind, [exactly(one) for one in value]
     if isinstance(value, Snapshot | RoundReport | ClientScore):
-        return kind, exactly(vars(value))
+        return kind, exactly({one.name: getattr(value, one.name) for one in fields(value)})
     return kind, value
 
 
