@@ -87,9 +87,10 @@ def mean(sent: NamedArrays, replies: Sequence[Reply], weighting: Weighting) -> A
         if not is_floating(value):
             result[name] = value
             continue
-        total = np.zeros(value.shape, dtype=np.float64)
+        total, part = np.zeros(value.shape), np.empty(value.shape)  # float64
         for share, reply in zip(p, replies, strict=True):
-            total += share * reply.arrays[name].astype(np.float64)
+            # One buffer for all replies: new memory for each takes three times as long.
+            total += np.multiply(reply.arrays[name], share, out=part, dtype=np.float64)
         result[name] = total
     return result
 
