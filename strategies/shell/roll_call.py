@@ -78,13 +78,15 @@ class Roster:
         self._grace_s = GATHER_S
         self._told = set(told)  # names
 
-    def gather(self, grid: Grid, *, min_nodes: int, timeout_s: float) -> None:
+    def gather(self, grid: Grid, *, min_nodes: int, timeout_s: float, role: str = "") -> None:
         """Ask nodes that have not answered yet, and wait, within bounds, for those there should be.
 
         The first time, nodes that others announce (``num-partitions``) have a grace to connect.
+        With a ``role``, there should be a node that has it: all could be away for a moment.
 
         Raises:
-            MetabloomError: where fewer than ``min_nodes`` answered in time, or none can take part.
+            MetabloomError: where fewer than ``min_nodes`` answered in time, none can take part, or
+                none has the role.
         """
         deadline = time.monotonic() + timeout_s
         grace_s, self._grace_s = self._grace_s, 0.0
@@ -97,16 +99,17 @@ class Roster:
             announced = max((node.num_partitions for node in self._heard.values()), default=0)
             enough = heard >= max(min_nodes, 1) and (heard >= announced or time.monotonic() > grace)
             none_can = heard > 0 and all(self._fault(node) for node in self._connected())
-            if enough and not none_can:
+            if enough and not none_can and not (role and not self.with_role(role)):
                 return
             late = time.monotonic() > deadline
             if none_can and (late or heard >= announced):  # else a better one may still come
                 raise MetabloomError(f"no node can take part; {self.first_fault()}")
             if late:
+                needed = f"{min_nodes} are needed" + (f", of them one to {role}" if role else "")
                 raise MetabloomError(
                     f"{len(self._present)} nodes are connected, {heard} answered the roll call, "
-                    f"{min_nodes} are needed, and {timeout_s:g} s have passed: start more "
-                    "SuperNodes, or lower min_available_nodes"
+                    f"{needed}, and {timeout_s:g} s have passed: start more SuperNodes, or lower "
+                    "min_available_nodes"
                 )
             time.sleep(POLL_S)
 

@@ -214,7 +214,7 @@ class RuleStrategy(FedAvg):
         self._arrays = from_record(arrays)
         if self.fraction_train == 0.0:
             return []
-        self._gather(grid)
+        self._gather(grid, role="train" if self._history.reports else "")
         candidates = self._roster.with_role("train")
         if not candidates:
             why = self._roster.first_fault() or "no node has the role 'train'"
@@ -323,8 +323,9 @@ class RuleStrategy(FedAvg):
 
     # -- nodes -------------------------------------------------------------------------------------
 
-    def _gather(self, grid: Grid) -> None:
-        self._roster.gather(grid, min_nodes=self.min_available_nodes, timeout_s=self._timeout)
+    def _gather(self, grid: Grid, role: str = "") -> None:
+        least, patience = self.min_available_nodes, self._timeout
+        self._roster.gather(grid, min_nodes=least, timeout_s=patience, role=role)
         for name, reason in self._roster.new_faults():
             log(WARNING, "%s cannot take part: %s", name, reason)
             self._round.failures.append((name, reason))
@@ -346,12 +347,8 @@ class RuleStrategy(FedAvg):
         told: dict[str, int | str] = {SERVER_ROUND: self._round.number}
         if self.checkpoints and (self.checkpoints.every or self.checkpoints.resume):
             told |= {RUN_TOKEN: self._history.token, KEPT_ROUND: self.checkpoints.oldest()}
-        record = RecordDict(
-            {
-                self.arrayrecord_key: arrays,
-                self.configrecord_key: ConfigRecord({**config, **told}),
-            }
-        )
+        sent = ConfigRecord({**config, **told})
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: sent})
         self._round.bytes_down += size_of(arrays) * len(nodes)
         ids = [node.node_id for node in nodes]
         self._round.messages = list(self._construct_messages(record, ids, kind))

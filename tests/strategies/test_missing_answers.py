@@ -246,3 +246,28 @@ def test_a_node_that_was_away_for_a_round_comes_back_without_being_asked_again()
     start(strategy_of("fedavg"), toy, rounds=4, grid=Leaving)
     assert toy.roll_calls == [0, 1, 2, 3, 4]
     assert 2 <= toy.partitions("train").count(4) < 4
+
+
+class TrainersLeave(CohortGrid):
+    """A grid from which the training nodes are away for a while after the first round."""
+
+    away_for = 5
+    asked = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        ids = list(self._nodes)  # by partition
+        self.asked += 1
+        is_away = 2 < self.asked <= 2 + self.away_for  # each round asks twice
+        return [ids[1], ids[3]] if is_away else ids
+
+
+def test_a_run_waits_for_training_nodes_that_are_away_for_a_moment() -> None:
+    result = start(strategy_of("fedavg"), Toy(roles=ROLES), rounds=3, grid=TrainersLeave)
+    assert [report.clients for report in result.rounds] == [("c0", "c2", "c4")] * 3
+
+
+def test_a_run_does_not_wait_for_ever_for_training_nodes() -> None:
+    gone = type("Gone", (TrainersLeave,), {"away_for": 10**9})
+    grid = gone(Toy(roles=ROLES).app(), num_nodes=5)
+    with pytest.raises(MetabloomError, match=r"2 nodes are connected, .* one to train, and 0.2 s"):
+        strategy_of("fedavg").start(grid, to_record(model()), num_rounds=3, timeout=0.2)
