@@ -31,11 +31,12 @@ from .reply_metrics import (
     diverged,
     finite_metrics,
     in_common,
+    numbers_of,
     usual_ones,
     with_metrics,
     with_others,
 )
-from .reports import RunResult
+from .reports import RoundReport, RunResult
 from .round import RoundInProgress
 from .strategy import RuleStrategy
 
@@ -107,7 +108,7 @@ class Guarded(Strategy):
         self._round = RoundInProgress()
         self._initial: NamedArrays = {}
         self._sent: NamedArrays = {}
-        self._rounds: list[RoundInProgress] = []
+        self._reports: list[RoundReport] = []
 
     def start(
         self,
@@ -129,7 +130,7 @@ class Guarded(Strategy):
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
         result.arrays = result.arrays or initial_arrays
-        return RunResult(**vars(result), rounds=[one.report() for one in self._rounds])
+        return RunResult(**vars(result), rounds=list(self._reports))
 
     def summary(self) -> None:
         """Log the firewall and the strategy's own summary."""
@@ -141,12 +142,12 @@ class Guarded(Strategy):
     ) -> Iterable[Message]:
         """Return the strategy's train messages."""
         self._round = RoundInProgress(server_round)
-        self._rounds.append(self._round)
         patient = PatientGrid(grid, self._timeout)
         messages = list(self.strategy.configure_train(server_round, arrays, config, patient))
         self._sent = from_record(_array_record(messages, arrays))
         self._initial = self._initial or self._sent
         self._round.messages = messages
+        self._round.bytes_down = len(messages) * size_of(arrays)
         self._round.clients = tuple(f"node-{one.metadata.dst_node_id}" for one in messages)
         return messages
 
@@ -175,6 +176,7 @@ class Guarded(Strategy):
             size_of(_array_record([message], ArrayRecord())) for message in good
         )
         metrics = with_others(metrics, contents, self.weighted_by_key)
+        self._round.train_metrics = numbers_of(metrics)
         return self._with_whole_numbers(arrays), metrics
 
     def configure_evaluate(
@@ -189,7 +191,12 @@ class Guarded(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return the strategy's metrics of the good replies; None where there are none."""
+        """Close the round; return the strategy's metrics of the good replies, None without any."""
+        metrics = self._evaluated(server_round, replies)
+        self._reports.append(self._round.report())
+        return metrics
+
+    def _evaluated(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         finite = [_with(one, self._finite(one)) for one in self._good(replies, None)]
         good = self._usual(finite, "evaluate_metrics_aggr_fn")
         if not good:

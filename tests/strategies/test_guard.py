@@ -1,5 +1,7 @@
 """``guard(strategy)``: what it adds to other people's strategies, and what it leaves alone."""
 
+import time
+
 import numpy as np
 import pytest
 from flwr.app import MetricRecord
@@ -187,6 +189,20 @@ def test_a_metric_that_diverged_in_an_evaluation_is_left_out_by_name():
     assert result.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(
         np.average(losses, weights=weights)
     )
+
+
+def test_the_report_of_each_round_tells_bytes_metrics_and_its_own_seconds():
+    began = time.perf_counter()
+    result = run(guard(flowers.FedAvg(**FEW)), rounds=3)
+    took = time.perf_counter() - began
+    size = len(to_record({"b": np.zeros(2)})["b"].data) + len(
+        to_record({"w": np.ones(3, np.float32)})["w"].data
+    )
+    for report in result.rounds:
+        assert report.bytes_down == report.bytes_up == 5 * size
+        assert report.train_metrics == dict(result.train_metrics_clientapp[report.round])
+        assert len(report.clients) == 5
+    assert 0 < sum(report.seconds for report in result.rounds) < took  # one after the other
 
 
 # --- wrappers, bounds, waits ----------------------------------------------------------------------
