@@ -17,11 +17,13 @@ class PatientGrid(Grid):
         self._grid = grid
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self._seen = -1
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of the nodes; raise MetabloomError after the deadline."""
+        """Return the ids of the nodes; past the deadline MetabloomError, unless more have come."""
         found = list(self._grid.get_node_ids())
-        if time.monotonic() > self._deadline:
+        before, self._seen = self._seen, len(found)
+        if time.monotonic() > self._deadline and len(found) <= before:
             raise MetabloomError(
                 f"{len(found)} nodes are connected, the strategy waits for more, and "
                 f"{self._timeout_s:g} s have passed: start more SuperNodes, or lower "

@@ -235,6 +235,19 @@ def test_the_wait_for_nodes_ends_with_a_clear_error():
         run(guard(strategy), timeout=0.05)
 
 
+def test_nodes_that_come_at_the_last_moment_are_not_refused():
+    class ComeLate(InOrder):
+        asked = 0
+
+        def get_node_ids(self):
+            self.asked += 1
+            return list(super().get_node_ids())[: 4 if self.asked <= 2 else 5]
+
+    strategy = flowers.FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=5)
+    result = run(guard(strategy), ComeLate, timeout=0.5, rounds=1)  # Flower asks again after 1 s
+    assert len(result.rounds[0].clients) == 5
+
+
 def test_what_cannot_be_guarded_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"guard\(FedXgbBagging\): its clients answer with trees"):
         guard(flowers.FedXgbBagging())
