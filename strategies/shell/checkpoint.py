@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
 from pathlib import Path
@@ -21,6 +22,7 @@ from ...errors import CheckpointError, ConfigError
 from ...files import ANOTHER_FOLDER, temporary_of, write_atomic
 from .snapshot import INSTEAD, Snapshot, packed, unpacked
 
+FINISHED = "finished"  # an empty file in the folder of a run that got to its end
 _FILE = re.compile(r"round-(?P<round>\d{8,})\.(?:json|safetensors)")
 
 
@@ -67,6 +69,7 @@ class Checkpoints:
             raise CheckpointError(f"round = {snapshot.round}: checkpoints are of rounds from 1 on")
         arrays, record = packed(snapshot, self.settings)
         self._clear_leftovers()
+        _remove([self.folder / FINISHED])
         record_file, arrays_file = _pair(self.folder, snapshot.round)
         write_atomic(arrays_file, arrays)
         write_atomic(record_file, record)
@@ -103,10 +106,21 @@ class Checkpoints:
             raise CheckpointError("\n".join([*faults, f"none is left to go on from: {INSTEAD}"]))
         return None
 
+    def finish(self) -> None:
+        """Mark the run as finished: its checkpoints need not be kept for ever.
+
+        Raises:
+            ConfigError: where the folder cannot be read or written to.
+            MetabloomError: where the disk is full.
+        """
+        if self._rounds():
+            write_atomic(self.folder / FINISHED, b"")
+
     def set_aside(self) -> Path | None:
         """Make way for a new run: rename a folder with checkpoints to "<folder>-previous".
 
-        Where that is taken it becomes "<folder>-previous-2", and so on: nothing is ever deleted.
+        Where that is taken it becomes "<folder>-previous-2", and so on. A run that was stopped is
+        never deleted; one that is finished takes the place of a finished one that was no longer.
 
         Returns:
             Where they are now; None where there were none to set aside.
@@ -120,9 +134,9 @@ class Checkpoints:
         folder = self.folder.absolute()
         aside = folder.with_name(f"{folder.name}-previous")
         numbers = itertools.count(2)
-        while os.path.lexists(aside):
-            aside = folder.with_name(f"{folder.name}-previous-{next(numbers)}")
         try:
+            while os.path.lexists(aside) and not _gives_way(aside, folder):
+                aside = folder.with_name(f"{folder.name}-previous-{next(numbers)}")
             folder.rename(aside)
         except OSError as err:
             raise CheckpointError(
@@ -176,6 +190,18 @@ def _ours(folder: Path) -> list[Path]:
     """Return the files of checkpoints, temporary ones among them; none where there is no folder."""
     files = sorted(folder.iterdir()) if folder.exists() else []
     return [file for file in files if _round_of(temporary_of(file.name) or file.name)]
+
+
+def _gives_way(old: Path, new: Path) -> bool:
+    """Remove a folder whose run is finished, as that of ``new`` is, and was no longer."""
+    if not ((old / FINISHED).exists() and (new / FINISHED).exists()):
+        return False
+    if max(map(_round_of, os.listdir(old))) > max(map(_round_of, os.listdir(new))):
+        return False
+    _remove([*_ours(old), old / FINISHED])
+    with suppress(OSError):  # something that is not ours lies in it
+        old.rmdir()
+    return not old.exists()
 
 
 def _remove(files: Iterable[Path]) -> None:

@@ -88,6 +88,14 @@ class Saver:
         if every and (self._overdue or snapshot.round % every == 0):
             self.flush()
 
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        if self._checkpoints:
+            try:
+                self._checkpoints.finish()
+            except MetabloomError as err:  # of the disk
+                log(ERROR, "the run could not be marked as finished: %s", err)
+
     def flush(self, *, failing: bool = False) -> None:
         """Save the last state that was offered, unless it is saved or can never be.
 

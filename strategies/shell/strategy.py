@@ -183,6 +183,7 @@ class RuleStrategy(FedAvg):
             self._gather(grid)
         unseen = self._final_scores(grid, arrays, config, "unseen")
         trained = self.scores_training_clients
+        self._saver.finish()
         return RunResult(
             arrays=arrays,
             train_metrics_clientapp=self._history.train_metrics,

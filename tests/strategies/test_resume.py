@@ -207,6 +207,28 @@ def test_a_run_that_begins_anew_sets_the_checkpoints_of_an_earlier_one_aside(
     assert "moved to" in caplog.text
 
 
+def test_a_finished_run_takes_the_place_of_a_finished_one_that_was_no_longer(tmp_path: Path):
+    """Running the same thing again and again does not fill the disk."""
+    folder = tmp_path / "checkpoints"
+    for rounds in (2, 3, 3, 3):
+        start(strategy_of("fedavg", **saved_in(folder, keep=1)), Toy(), rounds=rounds)
+    assert {one.name for one in tmp_path.iterdir()} == {"checkpoints", "checkpoints-previous"}
+    assert Checkpoints(tmp_path / "checkpoints-previous").oldest() == 3
+
+
+def test_a_run_that_was_stopped_is_never_deleted(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(KeyboardInterrupt):
+        start(strategy_of("fedavg", **saved_in(folder)), stops_in(2), rounds=3)
+    for _ in range(3):
+        start(strategy_of("fedavg", **saved_in(folder, keep=1)), Toy(roles=ROLES), rounds=3)
+    oldest = {one.name: Checkpoints(one).oldest() for one in tmp_path.iterdir()}
+    assert oldest == {"checkpoints": 3, "checkpoints-previous": 1, "checkpoints-previous-2": 3}
+    resumed = strategy_of("fedavg", **saved_in(folder, resume=True))
+    start(resumed, Toy(roles=ROLES), rounds=4)  # what goes on is finished again at its new end
+    assert (folder / "finished").exists()
+
+
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, caplog, suffix: str
