@@ -137,7 +137,8 @@ def _forms(metrics: MetricRecord) -> dict[str, int]:
 
 
 def _record_names(content: RecordDict) -> tuple[list[str], list[str]]:
-    return list(content.array_records), list(content.metric_records)
+    arrays = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
+    return arrays, [name for name, record in content.items() if isinstance(record, MetricRecord)]
 
 
 def _restricted(content: RecordDict, names: set[str]) -> RecordDict:
