@@ -5,6 +5,7 @@
 
 import importlib
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,29 @@ def test_flwr_run_trains_the_example(local_flower: Flower, folder: Path):
     by_round = losses(local_flower.run(folder, supernodes=10, timeout_s=300))
     assert len(by_round) == 5
     assert by_round[-1] < by_round[0]
+
+
+@pytest.mark.e2e
+def test_a_guarded_strategy_hears_every_client_under_flwr_run(local_flower: Flower, tmp_path: Path):
+    """Replies are known by the ids of messages, which Flower's own grids give."""
+    project = tmp_path / "guarded"
+    shutil.copytree(OUR_CLIENTS, project)
+    server = project / "maml_clients" / "server_app.py"
+    plain = server.read_text(encoding="utf-8")
+    guarded = plain.replace(
+        "FedAvg(min_available_nodes=10)", "guard(FedAvg(min_available_nodes=10))"
+    ).replace(
+        "\nfrom maml_clients", "\nfrom metabloom.strategies import guard\nfrom maml_clients", 1
+    )
+    assert guarded.count("guard") == 2
+    server.write_text(guarded, encoding="utf-8")
+    said = local_flower.run(project, supernodes=10, timeout_s=300)
+    by_round = losses(said)
+    assert len(by_round) == 5
+    assert by_round[-1] < by_round[0]
+    assert "Firewall: max_value" in said
+    for sign_of_a_loss in ("is quarantined", "is skipped", "was not asked for", " failed: "):
+        assert sign_of_a_loss not in said
 
 
 # --- a contract over Flower's strategies ----------------------------------------------------------
