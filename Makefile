@@ -54,6 +54,8 @@ docs: $(READY) ## write RunConfig's keys into pyproject.toml and docs/configurat
 scoreboard: $(READY) ## run the benchmarks (hours) on the data sets of METABLOOM_DATA, else ./data
 	@$(BIN)/python benchmarks/omniglot.py --model mlp
 	@$(BIN)/python benchmarks/omniglot.py --model conv4
+	@$(BIN)/python benchmarks/privacy.py
+	@$(BIN)/python benchmarks/privacy_cost.py
 
 build: $(READY) ## wheel, source archive and Flower app bundle in dist/
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null

@@ -11,6 +11,7 @@ from .learner import Learner
 from .local_update import LocalResult, LocalUpdate, run_update
 from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
+from .privacy import PrivacyConfig, PrivacyLedger
 from .sgd import SGDClient, sgd_update
 from .store import ClientStore
 
@@ -28,6 +29,8 @@ __all__ = [
     "MAMLClient",
     "MetaBatch",
     "MetaGradient",
+    "PrivacyConfig",
+    "PrivacyLedger",
     "SGDClient",
     "adapt",
     "adaptation_curve",

@@ -24,6 +24,7 @@ from ..wire import (
     from_record,
     to_record,
 )
+from .evaluation import LOSS
 
 ClientFn = Callable[[Context], NumPyClient]
 Properties = Callable[[Context], dict[str, str | int | float | bool]]
@@ -107,7 +108,9 @@ def _train(client: NumPyClient, content: RecordDict) -> RecordDict:
 def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
     _, parameters = _received(client, content)
     loss, num_examples, metrics = client.evaluate(parameters, _config(content))
-    return RecordDict(_measured({"loss": loss, **metrics}, num_examples))
+    tells = getattr(client, "tells", lambda metric: True)  # a private client may not tell it
+    known = {LOSS: loss} if tells(LOSS) else {}
+    return RecordDict(_measured({**known, **metrics}, num_examples))
 
 
 def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...], list[np.ndarray]]:

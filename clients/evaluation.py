@@ -8,6 +8,7 @@ from ..errors import DataError
 from .data import Batch
 from .objective import LossFn, Params, predict
 
+LOSS = "loss"  # after the most steps
 LOSS_BEFORE, ACCURACY_BEFORE = "loss-before", "accuracy-before"
 CHUNK = 1024  # records scored at once: bounds the memory of a large query set
 

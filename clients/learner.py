@@ -1,8 +1,9 @@
 """The base of our clients: model, data, exchange of arrays, evaluation by adaptation."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from ..models import check_layers
 from ..streams import torch_seeded, torch_stream
 from ..wire import PARTITION_ID, SERVER_ROUND
 from .data import ClientData
-from .evaluation import LOSS_BEFORE, Advance, adaptation_curve, loss_after
+from .evaluation import LOSS, LOSS_BEFORE, Advance, adaptation_curve, loss_after
 from .meta_gradient import Predicate, adapt, check_inner_loop
 from .objective import LossFn, Params
+from .privacy.config import PrivacyConfig
+from .privacy.round import PrivateRounds, Training, errors_kept
 from .store import ClientStore
 
 NDArrays = list[np.ndarray]
@@ -43,6 +46,9 @@ class Learner(NumPyClient):
         device: where to compute.
         context: Flower's Context of this message, for clients that keep state over the rounds.
         store: where such state outlives the context; None: nowhere. Other clients never touch it.
+        privacy: parameters of private training; None: training is not private. A private client
+            trains on privatised sums over all its records, sends what its ``PrivacyConfig`` allows,
+            and raises ``BudgetExhaustedError`` in training once its budget is spent.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -64,6 +70,7 @@ class Learner(NumPyClient):
         device: str = "cpu",
         context: Context | None = None,
         store: ClientStore | None = None,
+        privacy: PrivacyConfig | None = None,
     ) -> None:
         check_layers(model)
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
@@ -87,6 +94,18 @@ class Learner(NumPyClient):
         self.device = device
         self.context = context
         self.store = store
+        self.private = (
+            None
+            if privacy is None
+            else PrivateRounds(
+                privacy,
+                model=model,
+                loss_fn=loss_fn,
+                name=self.name,
+                device=device,
+                context=context,
+            )
+        )
         self.array_names = tuple(model.state_dict())
         self._data = data
         self._placed = self.device == "cpu"
@@ -111,16 +130,39 @@ class Learner(NumPyClient):
         return [value.detach().cpu().numpy() for value in self.model.state_dict().values()]
 
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
-        """Return (query loss after the most steps, number of query records, adaptation curve)."""
+        """Return (query loss after the most steps, number of query records, adaptation curve).
+
+        A private client returns the metrics that it was told to leave unprotected, and NaN in the
+        place of a loss that is none of them.
+        """
         params = self.load(parameters)
-        self.model = copy.deepcopy(self.model).eval()  # without dropout: the same each time
-        query = self.data.query
-        start, advance = self.adaptation(params, config)
-        curve = adaptation_curve(
-            self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance
-        )
-        last = loss_after(self.eval_steps[-1]) if self.eval_steps else LOSS_BEFORE
-        return curve[last], len(query[1]), dict(curve)
+        if self.private is not None and self.private.tells_nothing:
+            return math.nan, 1, {}  # not even whether it would have failed
+        with self.guarded():
+            self.model = copy.deepcopy(self.model).eval()  # without dropout: the same each time
+            query = self.data.query
+            start, advance = self.adaptation(params, config)
+            curve = adaptation_curve(
+                self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance
+            )
+            last = loss_after(self.eval_steps[-1]) if self.eval_steps else LOSS_BEFORE
+            told = {name: value for name, value in curve.items() if self.tells(name)}
+            loss = curve[last] if self.tells(LOSS) else math.nan
+            return loss, self.count_told(lambda: len(query[1])), {**told}
+
+    def tells(self, metric: str) -> bool:
+        """Return whether an evaluation metric may leave the client."""
+        return self.private is None or self.private.privacy.tells(metric)
+
+    def count_told(self, count: Callable[[], int]) -> int:
+        """Return a number of records as the server may know it: 1 where it is the client's own."""
+        if self.private is None or self.private.privacy.public_counts:
+            return count()
+        return 1
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Return a block whose errors say nothing of the data, where the client is private."""
+        return nullcontext() if self.private is None else errors_kept(self.name)
 
     def adaptation(self, params: Params, config: Config | None = None) -> tuple[Params, Advance]:
         """Return where adaptation starts, and gradient steps on the whole support set.
@@ -138,6 +180,23 @@ class Learner(NumPyClient):
             steps=steps,
             adapt=self.adapted,
         )
+
+    def fit_privately(
+        self, private: PrivateRounds, training: Training, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        """Return the privatised model, the number of records that may be told, and epsilon.
+
+        Raises:
+            BudgetExhaustedError: where the budget is spent.
+            PrivacyError: where the server asks for too much; with a constant text for all that
+                could say something of the data.
+        """
+        params = self.load(parameters)
+        with self.guarded():
+            model = self.model  # with the frozen parameters and buffers just received
+            reply = private.train(params, config, training, lambda: self.data, model=model)
+            count = self.count_told(lambda: self.data.num_examples)
+            return self.dump(reply.params, parameters), count, {**reply.metrics}
 
     def load(self, parameters: NDArrays) -> Params:
         """Return the received arrays as the model's parameters, in its dtypes, on the device.

@@ -15,12 +15,17 @@ takes the mean of the models.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from logging import WARNING
+from typing import Any, Literal, cast
 
 import torch
+from flwr.common import log
 from torch import Tensor, nn
 
+from ..accounting import Event
 from ..errors import ConfigError
+from ..planning import NOISY, noise_to_signal
+from ..wire import SERVER_ROUND
 from .batches import draw, resplit
 from .data import Batch, ClientData
 from .learner import Config, Learner, NDArrays, draws_random_numbers
@@ -34,6 +39,15 @@ from .meta_gradient import (
     meta_gradient,
 )
 from .objective import LossFn, Params
+from .privacy.config import USUAL_RECORDS, PrivacyConfig
+from .privacy.releases import Releases
+from .privacy.round import PrivateRounds, Training
+from .privacy.updates import (
+    PrivateOrder,
+    check_private_order,
+    meta_events,
+    private_maml_update,
+)
 
 QUERY_LOSS = "query-loss"
 
@@ -107,13 +121,16 @@ class MAMLClient(Learner):
         outer_lr: beta > 0. With 1 and one local step the reply is w - g: what ``FedMeta`` expects.
         inner_steps: K >= 1.
         local_steps: meta-steps of a round, >= 1.
-        order: "exact", "first" or "hf".
+        order: "exact", "first" or "hf"; "auto" is "exact", and "first" with privacy, where exact
+            second order takes private Hessian-vector products and most often costs more than it
+            gives.
         split: how a meta-step gets its batches. "fixed": from the client's support and query sets;
             "fresh": from a new split of all its records, with as many support records of each
             class (data with a ``fixed_split`` keep theirs); "independent": three independent
-            batches of all its records (Per-FedAvg).
+            batches of all its records (Per-FedAvg). With privacy every gradient has a Poisson batch
+            of its own from all records.
         learner: keyword arguments of ``Learner``: inner_lr, batch_size, loss_fn, eval_steps, adapt,
-            seed, name, device, context.
+            seed, name, device, context, privacy.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -127,13 +144,16 @@ class MAMLClient(Learner):
         outer_lr: float = 1.0,
         inner_steps: int = 1,
         local_steps: int = 1,
-        order: Order = "exact",
+        order: Order | Literal["auto"] = "auto",
         split: str = "fixed",
         **learner: Any,
     ) -> None:
         super().__init__(model, data, **learner)
         check_inner_loop(self.inner_lr, inner_steps, dict(model.named_parameters()), self.adapted)
+        order = _usual(self.private is not None) if order == "auto" else order
         check_order(order)
+        if self.private is not None:
+            check_private_order(order)
         if order == "hf" and draws_random_numbers(model):
             raise ConfigError(
                 "order = 'hf' takes the difference of two gradients, and dropout draws another "
@@ -155,6 +175,8 @@ class MAMLClient(Learner):
 
     def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
         """Return (model after ``local_steps`` meta-steps, number of records, mean query loss)."""
+        if self.private is not None:
+            return self._fit_privately(self.private, parameters, config)
         params = self.load(parameters)
         update = maml_update(  # here, not before: the model holds the buffers just received
             self.model,
@@ -169,9 +191,58 @@ class MAMLClient(Learner):
             result = run_update(update, params, self._batches(self.stream("maml", config)))
         return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
 
+    def _fit_privately(
+        self, private: PrivateRounds, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        order = cast(PrivateOrder, self.order)
+        begins = config.get(SERVER_ROUND, 0) in (0, 1)
+        if order == "exact" and begins and isinstance(self.inner_lr, int | float):
+            self._warn_of_noise(private.privacy)
+
+        def events(privacy: PrivacyConfig) -> list[Event]:
+            step = meta_events(privacy, steps=self.inner_steps, order=order)
+            return [event._replace(count=event.count * self.local_steps) for event in step]
+
+        def update(releases: Releases, privacy: PrivacyConfig) -> LocalUpdate[Params, int]:
+            return private_maml_update(
+                releases,
+                privacy,
+                inner_lr=self.inner_lr,
+                outer_lr=self.outer_lr,
+                inner_steps=self.inner_steps,
+                order=order,
+                adapt=self.adapted,
+            )
+
+        mechanism = "fomaml" if order == "first" else "second-order"
+        training = Training(mechanism, events, update, self.local_steps)
+        return self.fit_privately(private, training, parameters, config)
+
+    def _warn_of_noise(self, privacy: PrivacyConfig) -> None:
+        """Log where a Hessian-vector product would be mostly noise."""
+        ratio = noise_to_signal(
+            inner_lr=self.inner_lr,
+            hvp_noise=privacy.hvp_noise,
+            hvp_max_norm=privacy.hvp_max_norm,
+            num_parameters=sum(value.numel() for value in self.model.parameters()),
+            batch_size=privacy.expected_batch_size or privacy.sample_rate * USUAL_RECORDS,
+        )
+        if ratio > NOISY:
+            log(
+                WARNING,
+                "the noise of a Hessian-vector product is %.2g times its direction (above %g it "
+                "drowns the second order): use order = 'first', or lower privacy.hvp-max-norm",
+                ratio,
+                NOISY,
+            )
+
     def _batches(self, generator: torch.Generator) -> Iterator[MetaBatch]:
         for _ in range(self.local_steps):
             yield _SPLITS[self.split](self.data, self.batch_size, generator)
+
+
+def _usual(is_private: bool) -> Order:
+    return "first" if is_private else "exact"
 
 
 def _fixed(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:

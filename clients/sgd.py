@@ -13,12 +13,15 @@ and stays on the client. mu = 0 is plain SGD.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from logging import ERROR
 from typing import Any
 
 import torch
+from flwr.common import log
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..accounting import Event
+from ..errors import BudgetExhaustedError, ConfigError
 from .batches import minibatches
 from .data import Batch, ClientData
 from .evaluation import Advance
@@ -27,6 +30,10 @@ from .local_update import LocalResult, LocalUpdate, mean_of, run_update
 from .meta_gradient import Predicate
 from .objective import LossFn, Params, detached, objective
 from .personal import PersonalModel
+from .privacy.config import PrivacyConfig
+from .privacy.releases import Releases
+from .privacy.round import PrivateRounds, Training
+from .privacy.updates import private_sgd_update
 
 TRAIN_LOSS = "train-loss"
 PROXIMAL_MU_KEYS = ("proximal-mu", "proximal_mu")  # of Flower's FedProx, new and legacy
@@ -95,13 +102,14 @@ class SGDClient(Learner):
         model: see ``Learner``.
         data: see ``Learner``; training uses support and query records alike.
         local_lr: learning rate of training, > 0.
-        local_epochs: epochs of a round, >= 1.
+        local_epochs: epochs of a round, >= 1; not used with privacy.
+        local_steps: with privacy, the steps of a round, >= 1, each on a Poisson batch of its own.
         proximal_mu: FedProx's mu >= 0. The mu that Flower's FedProx strategies send in the train
             config takes its place.
         ditto_lambda: None for no personal model; else Ditto's lambda >= 0, and ``context`` is
             needed: the personal model lasts in its state, and in ``store`` where there is one.
         learner: keyword arguments of ``Learner``: inner_lr (of the fine-tuning at evaluation),
-            batch_size, loss_fn, eval_steps, adapt, seed, name, device, context, store.
+            batch_size, loss_fn, eval_steps, adapt, seed, name, device, context, store, privacy.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -114,6 +122,7 @@ class SGDClient(Learner):
         *,
         local_lr: float = 0.1,
         local_epochs: int = 1,
+        local_steps: int = 1,
         proximal_mu: float = 0.0,
         ditto_lambda: float | None = None,
         **learner: Any,
@@ -121,13 +130,15 @@ class SGDClient(Learner):
         super().__init__(model, data, **learner)
         if not 0 < local_lr < math.inf:
             raise ConfigError(f"local_lr = {local_lr!r}: must be a finite number above 0")
-        if not (isinstance(local_epochs, int) and local_epochs >= 1):
-            raise ConfigError(f"local_epochs = {local_epochs!r}: must be a whole number >= 1")
+        for key, count in (("local_epochs", local_epochs), ("local_steps", local_steps)):
+            if not (isinstance(count, int) and count >= 1):
+                raise ConfigError(f"{key} = {count!r}: must be a whole number >= 1")
         for key, value in (("proximal_mu", proximal_mu), ("ditto_lambda", ditto_lambda or 0.0)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{key} = {value!r}: must be a finite number of at least 0")
         self.local_lr = local_lr
         self.local_epochs = local_epochs
+        self.local_steps = local_steps
         self.proximal_mu = proximal_mu
         self.ditto_lambda = ditto_lambda
         self.personal = (
@@ -142,25 +153,54 @@ class SGDClient(Learner):
         Returns:
             The trained model, the number of the client's records, and the mean loss of the steps.
         """
+        try:
+            trained = self._train(parameters, config)
+        except BudgetExhaustedError:  # nothing is released any more; the device goes on for itself
+            self._personalise(parameters, config)
+            raise
+        self._personalise(parameters, config)  # last: a round that fails leaves nothing behind
+        return trained
+
+    def _train(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
+        mu = self._proximal_mu(config)
+        if self.private is not None:
+            return self._train_privately(self.private, mu, parameters, config)
         received = self.load(parameters)
-        update = sgd_update(
-            self.model,
-            self.loss_fn,
-            lr=self.local_lr,
-            proximal_mu=self._proximal_mu(config),
-        )
+        update = sgd_update(self.model, self.loss_fn, lr=self.local_lr, proximal_mu=mu)
         with self.seeded(config):
             result = run_update(update, received, self._batches("sgd", config))
-            if self.personal is not None:
+        return self.dump(result.params, parameters), self.data.num_examples, {**result.metrics}
+
+    def _train_privately(
+        self, private: PrivateRounds, mu: float, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        def events(privacy: PrivacyConfig) -> list[Event]:
+            return [Event(privacy.noise_multiplier, privacy.sample_rate, self.local_steps)]
+
+        def update(releases: Releases, privacy: PrivacyConfig) -> LocalUpdate[Any, int]:
+            return private_sgd_update(releases, privacy, lr=self.local_lr, proximal_mu=mu)
+
+        training = Training("dp-sgd", events, update, self.local_steps)
+        return self.fit_privately(private, training, parameters, config)
+
+    def _personalise(self, parameters: NDArrays, config: Config) -> None:
+        """Train the personal model, where there is one; it stays on the client."""
+        if self.personal is None:
+            return
+        try:
+            received = self.load(parameters)
+            with self.seeded(config):
                 own = run_update(
                     self._pulled_to(received, self.local_lr),
                     self.personal.before(config, self.device) or received,
                     self._batches("ditto", config),
                 )
-        trained, metrics = self.dump(result.params, parameters), dict(result.metrics)
-        if self.personal is not None:  # last: a round that fails leaves nothing behind
             self.personal.keep(config, own.params)
-        return trained, self.data.num_examples, {**metrics}
+        except Exception as err:
+            if self.private is None:
+                raise
+            # What was paid for is sent all the same: that it fails would tell of the records.
+            log(ERROR, "client %s: its personal model is not trained: %s", self.name, err)
 
     def adaptation(self, params: Params, config: Config | None = None) -> tuple[Params, Advance]:
         """Return where adaptation starts, and its steps; see ``Learner``.
@@ -176,8 +216,11 @@ class SGDClient(Learner):
 
     def _proximal_mu(self, config: Config) -> float:
         for key in PROXIMAL_MU_KEYS:
-            if key in config and not 0 <= float(config[key]) < math.inf:
-                raise ConfigError(f"{key} = {config[key]!r} in the train config: must be >= 0")
+            value = config.get(key, 0.0)
+            if not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ConfigError(
+                    f"{key} = {value!r} in the train config: must be a finite number of at least 0"
+                )
         sent = [float(config[key]) for key in PROXIMAL_MU_KEYS if key in config]
         value = sent[0] if sent else self.proximal_mu
         return value

@@ -78,6 +78,10 @@ class Versions:
         """
         return sorted(number for number in map(_round_of, self._names()) if number is not None)
 
+    def load_if_there(self, number: int) -> NamedArrays | None:
+        """Return version ``number``; None where there is none, or it is damaged."""
+        return self.load(number) if self._file(number).exists() else None
+
     def load(self, number: int) -> NamedArrays | None:
         """Return version ``number``; None, with a warning, where it is damaged."""
         try:

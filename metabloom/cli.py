@@ -17,8 +17,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from . import __version__
-from .config import RunConfig, parse_value
+from .cli_privacy import app as privacy
+from .config import RunConfig
 from .errors import ConfigError, MetabloomError
+from .keys import key_of, parse_value
 
 if TYPE_CHECKING:
     from .strategies import RoundReport
@@ -31,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+app.add_typer(privacy, name="privacy")
 
 
 @app.command()
@@ -80,9 +83,9 @@ def list_names() -> None:
 def list_keys() -> None:
     """List every configuration key with its default and what it means."""
     key, default = Column("key", no_wrap=True), Column("default", overflow="fold")
-    table = Table(key, default, "meaning")
+    table = Table(key, default, Column("meaning", overflow="fold"))
     for name, field in RunConfig.model_fields.items():
-        table.add_row(name.replace("_", "-"), repr(field.default), field.description)
+        table.add_row(key_of(name), repr(field.default), field.description)
     console.print(table)
 
 
@@ -190,6 +193,8 @@ def _log_above_the_bar(level: int) -> Iterator[None]:
 
 
 def _print_outcome(folder: Path) -> None:
+    from .sim.report import privacy_lines
+
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     unseen = results["unseen"]
     table = Table("unseen clients", "accuracy")
@@ -199,6 +204,8 @@ def _print_outcome(folder: Path) -> None:
     ):
         table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
     console.print(table)
+    for line in privacy_lines(results):
+        console.print(Text(line), soft_wrap=True)
     bad = []
     for fate, label in (("failures", "failed"), ("quarantined", "were quarantined")):
         found = [one for entry in (*results["history"], unseen) for one in entry[fate]]

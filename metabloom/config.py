@@ -7,17 +7,16 @@ Keys are written with hyphens (``inner-lr``) wherever a user writes them; the sa
 """
 
 import os
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError, nearest
+from .keys import Scalar, flattened, key_of
 
-Scalar = bool | int | float | str
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrDefault = Annotated[int, Field(ge=0)]
@@ -30,6 +29,7 @@ FREE_WHEN_RESUMED = (  # keys that do not decide what a run computes, only how f
     "checkpoint_every",
     "checkpoints_kept",
     "state_root",
+    "privacy_root",
     "data_root",
     "download",
     "timeout_s",
@@ -47,7 +47,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
+        alias_generator=key_of,
         populate_by_name=True,
         coerce_numbers_to_str=True,
     )
@@ -78,9 +78,10 @@ class RunConfig(BaseModel):
 
     inner_lr: Rate = Field(0.5, description="learning rate of the adaptation to a client (alpha)")
     inner_steps: Count = Field(1, description="adaptation steps inside one meta-step (K)")
-    order: Literal["exact", "first", "hf"] = Field(
-        "exact",
-        description="meta-gradient: exact second order, first order, Hessian-free",
+    order: Literal["auto", "exact", "first", "hf"] = Field(
+        "auto",
+        description="meta-gradient: exact second order, first order, Hessian-free; "
+        "auto: exact, and first with privacy",
     )
     outer_lr: float = Field(
         0.0,
@@ -95,7 +96,11 @@ class RunConfig(BaseModel):
     local_lr: Rate = Field(
         0.1, description="learning rate of plain local SGD (fedavg and its family)"
     )
-    local_steps: Count = Field(1, description="per-fedavg: local meta-steps of a round (tau)")
+    local_steps: Count = Field(
+        1,
+        description="per-fedavg: local meta-steps of a round (tau); with privacy, also the steps "
+        "of local SGD",
+    )
     local_epochs: Count = Field(1, description="local epochs of a round (fedavg and its family)")
     batch_size: CountOrDefault = Field(
         0, description="records of a batch; 0: all (per-fedavg's three batches then coincide)"
@@ -163,6 +168,89 @@ class RunConfig(BaseModel):
         "empty: clients/ in the results folder",
     )
 
+    privacy_noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="DP-SGD on the clients: standard deviation of the noise over max-grad-norm "
+        "(sigma); 0: no privacy",
+    )
+    privacy_max_grad_norm: Rate = Field(
+        1.0, description="largest L2 norm of one record's gradient (C); larger ones are clipped"
+    )
+    privacy_sample_rate: float = Field(
+        0.1, gt=0, le=1, description="chance of each record to be in a batch (q)"
+    )
+    privacy_expected_batch_size: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="what sums are divided by (b): a public constant, sample-rate times a usual "
+        "number of records; 0: times 100, with public-counts times the client's own",
+    )
+    privacy_target_epsilon: Rate = Field(
+        8.0, description="a client whose ledger would come above it is exhausted"
+    )
+    privacy_target_delta: float = Field(
+        1e-5, gt=0, lt=1, description="delta of that epsilon: well below 1 / records of a client"
+    )
+    privacy_accountant: Literal["rdp", "prv"] = Field(
+        "rdp", description="how releases add up; prv is tighter, for schedules that never change"
+    )
+    privacy_hvp_noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="sigma of Hessian-vector products (order = exact); 0: noise-multiplier",
+    )
+    privacy_hvp_max_norm: Rate = Field(
+        0.1, description="largest norm of one record's Hessian-vector product over the vector's"
+    )
+    privacy_max_releases: Count = Field(1000, description="most releases of one client's round")
+    privacy_public_counts: bool = Field(
+        False, description="clients' numbers of records are no secret, and are sent"
+    )
+    privacy_unprotected_metrics: str = Field(
+        "",
+        description="evaluation metrics that private clients send as they are, with commas, "
+        "without any privacy; all: every one; empty: none",
+    )
+    privacy_root: str = Field(
+        "",
+        description="folder of clients' privacy ledgers, also in a node's config; "
+        "empty: ledgers/ in the results folder",
+    )
+
+    user_privacy_noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="privacy of whole clients, on the server: standard deviation of the noise over "
+        "max-update-norm (z); 0: off",
+    )
+    user_privacy_max_update_norm: Rate = Field(
+        1.0, description="largest L2 norm of one client's update (C); larger ones are clipped"
+    )
+    user_privacy_sample_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="each client's secret chance to take part in a round (q), clients-per-round "
+        "is then what sums are divided by; 0: samples of that size, and no amplification",
+    )
+    user_privacy_target_epsilon: Rate = Field(
+        8.0, description="training ends before the clients' ledger, user-level.jsonl, is above it"
+    )
+    user_privacy_target_delta: float = Field(
+        1e-5, gt=0, lt=1, description="delta of that epsilon: well below 1 / number of clients"
+    )
+    user_privacy_adaptive_quantile: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of updates that max-update-norm adapts to (gamma), privately; 0: fixed",
+    )
+
     eval_steps: str = Field(
         "1,5", description="numbers of adaptation steps that an evaluation reports"
     )
@@ -178,6 +266,53 @@ class RunConfig(BaseModel):
             raise ValueError("must be counts of at least 1 with commas, e.g. '1,5'")
         return ",".join(str(step) for step in sorted({int(part) for part in parts}))
 
+    @model_validator(mode="after")
+    def _privacy_is_on_where_it_is_described(self) -> Self:
+        for table, is_on, hint in (
+            ("privacy", self.is_private, " ('metabloom privacy plan' says how far)"),
+            ("user_privacy", self.is_user_private, ""),
+        ):
+            described = [
+                key_of(name)
+                for name, field in type(self).model_fields.items()
+                if name.startswith(f"{table}_")
+                and name != "privacy_root"
+                and getattr(self, name) != field.default
+            ]
+            if described and not is_on:
+                switch = key_of(f"{table}_noise_multiplier")
+                what = table.replace("_", " ")
+                raise ValueError(
+                    f"{described[0]} is set, but {what} is off: set {switch} above 0{hint}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _user_privacy_goes_with_the_mean(self) -> Self:
+        if self.is_user_private and self.aggregation != "mean":
+            raise ValueError(
+                f"aggregation = {self.aggregation!r} with user-privacy: updates are clipped, "
+                "summed and noised before anything else sees them, so it would have no effect; "
+                "use 'mean'"
+            )
+        return self
+
+    @property
+    def is_private(self) -> bool:
+        """Whether clients train with record-level privacy."""
+        return self.privacy_noise_multiplier > 0
+
+    @property
+    def is_user_private(self) -> bool:
+        """Whether the server clips clients' updates and adds noise: user-level privacy."""
+        return self.user_privacy_noise_multiplier > 0
+
+    @property
+    def unprotected_metrics(self) -> tuple[str, ...]:
+        """The metrics that private clients send as they are, by name."""
+        parts = self.privacy_unprotected_metrics.split(",")
+        return tuple(filter(None, (part.strip() for part in parts)))
+
     @property
     def adaptation_steps(self) -> tuple[int, ...]:
         """``eval_steps`` as numbers, ascending."""
@@ -191,7 +326,7 @@ class RunConfig(BaseModel):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Return the default of every key, hyphenated, as Flower's app config lists them."""
-        return {name.replace("_", "-"): field.default for name, field in cls.model_fields.items()}
+        return {key_of(name): field.default for name, field in cls.model_fields.items()}
 
     @classmethod
     def read(cls, values: Mapping[str, object]) -> Self:
@@ -225,7 +360,7 @@ class RunConfig(BaseModel):
         Raise ConfigError where it is missing or not TOML.
         """
         try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+            return flattened(tomllib.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError as err:
             raise ConfigError(
                 f"configuration file {str(path)!r} does not exist: check the path"
@@ -255,41 +390,7 @@ def data_folder(root: str = "") -> Path:
 def _one_line(problem: dict[str, Any]) -> str:
     key = "-".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    if not key:  # of the whole, which names its keys
+        return str(message)
     said = message[0].lower() + message[1:]
     return f"{key} = {problem['input']!r}: {said}; 'metabloom config' says what it means"
-
-
-def parse_value(text: str) -> Scalar:
-    """Return ``text`` as the TOML value that it spells, else as the string itself.
-
-    >>> parse_value("0.5"), parse_value("true"), parse_value("digits")
-    (0.5, True, 'digits')
-    """
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, bool | int | float | str) else text
-
-
-def parse_options(text: str, *, key: str) -> dict[str, Scalar]:
-    """Return ``'ways=5 shots=1'`` as a mapping.
-
-    Raise ConfigError, naming ``key``, where a part has no ``=``.
-
-    >>> parse_options("ways=5 alphabet='Old Church'", key="dataset-args")
-    {'ways': 5, 'alphabet': 'Old Church'}
-    """
-    options: dict[str, Scalar] = {}
-    try:
-        parts = shlex.split(text)
-    except ValueError as err:
-        raise ConfigError(f"{key} = {text!r}: {str(err).lower()}, close the quotes") from err
-    for part in parts:
-        name, equals, value = part.partition("=")
-        if not (name and equals):
-            raise ConfigError(
-                f"{key} = {text!r}: {part!r} is not of the form name=value, e.g. 'ways=5 shots=1'"
-            )
-        options[name.replace("-", "_")] = parse_value(value)
-    return options

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+BUDGET_EXHAUSTED = "the privacy budget of this client is exhausted"
+
 
 class MetabloomError(Exception):
     """Base of every error that this project raises on purpose.
@@ -33,6 +35,25 @@ class WireError(MetabloomError, ValueError):
 
 class CheckpointError(MetabloomError):
     """A checkpoint cannot be written, or none of those that are there can be read."""
+
+
+class PrivacyError(MetabloomError):
+    """Something would cost more privacy than was booked for it."""
+
+
+class RefusedError(PrivacyError):
+    """A private client refuses what it is asked for; the text says nothing of its records."""
+
+
+class BudgetExhaustedError(PrivacyError):
+    """The privacy budget of a data set is spent: its text is a constant and says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__(BUDGET_EXHAUSTED)
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger cannot be read, or is not the one that it should be: nothing is released."""
 
 
 def shortened(text: object, longest: int = 500) -> str:

@@ -57,7 +57,7 @@ def write_atomic(path: Path, content: bytes, *, advice: str = ANOTHER_FOLDER) ->
                 f"what was there before is kept; free space there, or {advice}"
             ) from err
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def check_writable(folder: Path) -> None:
@@ -148,7 +148,7 @@ def _unmarked(found: dict[str, Any]) -> Any:
 def _open_beside(path: Path, advice: str) -> tuple[int, str]:
     """Return the handle and the name of a new temporary file in the folder of ``path``."""
     try:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as err:
         raise ConfigError(
@@ -156,14 +156,15 @@ def _open_beside(path: Path, advice: str) -> tuple[int, str]:
         ) from err
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and those above it, so that they last over a power cut."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for one in made:
-        _sync_folder(one.parent)
+        sync_folder(one.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` last over a power cut, where the system lets folders be synced."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

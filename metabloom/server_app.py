@@ -12,11 +12,12 @@ from .config import RunConfig
 from .errors import MetabloomError
 from .files import check_writable
 from .sim.results import results_of, write_results
-from .strategies import Checkpoints, Firewall, RoundReport
+from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
 from .task import idle_keys, model_of, recipe_of
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
+USER_LEDGER = "user-level.jsonl"  # file in that folder
 
 app = ServerApp()
 
@@ -57,6 +58,7 @@ def run(
             resume=config.resume,
         ),
         on_round=on_round,
+        user_privacy=user_privacy_of(config),
         min_train_nodes=1,
         min_evaluate_nodes=1,
         min_available_nodes=1,
@@ -67,12 +69,38 @@ def run(
     )
     write_results(out, results_of(config, result), result.arrays)
     if all(report.skipped for report in result.rounds):
+        if config.is_user_private and not any(report.clients for report in result.rounds):
+            raise MetabloomError(
+                "the user-level budget was spent before the first round, the model is the initial "
+                f"one: {str(out / USER_LEDGER)!r} has what earlier runs have told of these clients"
+            )
+        if any(report.exhausted for report in result.rounds):
+            raise MetabloomError(
+                "no client had any privacy budget left, the model is the initial one: 'metabloom "
+                "privacy show' tells what was spent on; the ledgers outlive runs"
+            )
         bad = [one for report in result.rounds for one in (*report.failures, *report.quarantined)]
         client, reason = bad[0] if bad else ("nobody", "nothing")
         raise MetabloomError(
             f"no round had enough good replies, the model is the initial one; {client}: {reason}"
         )
     return out
+
+
+def user_privacy_of(config: RunConfig) -> UserLevelPrivacy | None:
+    """Return the parameters of user-level privacy; None where it is off."""
+    if not config.is_user_private:
+        return None
+    return UserLevelPrivacy(
+        noise_multiplier=config.user_privacy_noise_multiplier,
+        max_update_norm=config.user_privacy_max_update_norm,
+        expected_clients=config.clients_per_round,
+        target_delta=config.user_privacy_target_delta,
+        sample_rate=config.user_privacy_sample_rate or None,
+        target_epsilon=config.user_privacy_target_epsilon,
+        adaptive_quantile=config.user_privacy_adaptive_quantile or None,
+        ledger=Path(config.out) / USER_LEDGER,
+    )
 
 
 def _firewall(config: RunConfig) -> Firewall:

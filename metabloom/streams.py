@@ -55,3 +55,29 @@ def torch_seeded(seed: int, *identity: int | str, device: str = "cpu") -> Iterat
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(stream_seed(seed, *identity))
         yield
+
+
+@contextmanager
+def torch_drawing_from(generator: "torch.Generator", *, device: str = "cpu") -> Iterator[None]:
+    """Run a block in which layers that draw random numbers (dropout) take them from ``generator``.
+
+    For numbers that must stay secret: on the CPU the whole state of the generator is used, and it
+    goes on from where the block leaves it; ``manual_seed`` keeps 32 bits of a seed there. A CUDA
+    ``device`` is seeded by 62 bits of it.
+
+    Args:
+        generator: on the CPU.
+        device: where the layers compute.
+    """
+    import torch
+
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        torch.default_generator.set_state(generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(torch.default_generator.get_state())

@@ -12,8 +12,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from .config import RunConfig, Scalar, parse_options
+from .config import RunConfig
 from .errors import ConfigError
+from .keys import Scalar, key_of, parse_options
 from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .strategies import STRATEGIES, Recipe
@@ -56,8 +57,10 @@ def idle_keys(config: RunConfig) -> list[str]:
     watch = _Watch(config)
     STRATEGIES[config.strategy](cast(RunConfig, watch))
     defaults = RunConfig.read({})
+    if config.is_user_private:  # each client counts alike
+        watch.read -= {"weighting"}
     changed = [key for key in STRATEGY_KEYS if getattr(config, key) != getattr(defaults, key)]
-    return [key.replace("_", "-") for key in changed if key not in watch.read]
+    return [key_of(key) for key in changed if key not in watch.read]
 
 
 def spec_of(config: RunConfig) -> DataSpec:

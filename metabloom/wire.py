@@ -22,6 +22,8 @@ METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 SERVER_ROUND = "server-round"
 RUN_TOKEN = "run-token"  # the same over resumes, where Flower's run id is another
+PRIVACY_EPSILON = "privacy-epsilon"  # what a private client's ledger has come to
+PRIVACY_DELTA = "privacy-delta"  # at which
 KEPT_ROUND = "kept-round"  # the oldest round that the server may resume from
 
 ROLL_CALL = "query.roll_call"

@@ -98,6 +98,10 @@ class Federation:
             )
         return self._cache.get(index, lambda: self._decode(index))
 
+    def has_fixed_split(self, index: int) -> bool:
+        """Return whether the records of client ``index`` depend on each other; see ClientData."""
+        return self._records[index].support_rows > 0
+
     def indices(self, role: Role) -> tuple[int, ...]:
         """Return the indices of the clients that have ``role``, ascending."""
         return tuple(i for i, own in enumerate(self.roles) if own == role)
@@ -114,7 +118,7 @@ class Federation:
         return ClientData(
             to_batch(self.spec, inputs[support], records.targets[support]),
             to_batch(self.spec, inputs[query], records.targets[query]),
-            fixed_split=records.support_rows > 0,
+            fixed_split=self.has_fixed_split(index),
         )
 
 

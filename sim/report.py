@@ -6,6 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..planning import at_most
+
 INK, MUTED, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2b6cb0", "#c05621"
 PAGE = """<!doctype html>
 <html lang="en">
@@ -28,6 +30,7 @@ td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
 <body>
 <h1>{title}</h1>
 {summary}
+{privacy}
 <h2>Adaptation of unseen clients</h2>
 <p class="note">{adaptation_note}</p>
 {adaptation}
@@ -46,6 +49,9 @@ ADAPTATION_NOTE = (
     "sets. Each thin line is a client; the thick line is their mean, each client counting once."
 )
 PROGRESS_NOTE = "Validation clients, mean accuracy before and after adaptation."
+WITHHELD = (
+    "evaluation metrics are withheld: privacy.unprotected-metrics names what may leave the clients"
+)
 REASONS = 5  # failed replies that the report shows; results.json has all
 
 
@@ -56,14 +62,80 @@ def render_report(results: dict[str, Any]) -> str:
         title=escape(title),
         script=get_plotlyjs(),
         summary=_summary(results),
+        privacy=_privacy(results),
         adaptation_note=ADAPTATION_NOTE,
-        adaptation=_adaptation_curves(results["unseen"]),
+        adaptation=_adaptation_curves(results["unseen"], withheld=_are_withheld(results)),
         progress_note=PROGRESS_NOTE,
-        progress=_progress(results["history"]),
+        progress=_progress(results["history"], withheld=_are_withheld(results)),
         failures=_bad_replies(results, "failures", "Failed replies"),
         quarantined=_bad_replies(results, "quarantined", "Quarantined replies"),
         configuration=_table([(k, str(v)) for k, v in results["config"].items()]),
     )
+
+
+def privacy_lines(results: dict[str, Any]) -> list[str]:
+    """Return what the content of results.json says of privacy, in a line each; none without it."""
+    lines = []
+    privacy = results.get("privacy", {})
+    if record := privacy.get("record_level"):
+        spent = "nothing was released"
+        if record["clients"]:
+            most, middle = _bound(record["epsilon_max"]), _bound(record["epsilon_median"])
+            spent = f"epsilon at most {most} (median {middle}) at delta {record['delta']:g}"
+        lines.append(
+            f"privacy: {spent} over {record['clients']} clients; {record['exhausted']} exhausted; "
+            f"protects one record against {record['protects_against']}"
+        )
+    if _are_withheld(results):
+        lines.append(WITHHELD)
+    if user := privacy.get("user_level"):
+        lines.append(
+            f"privacy of whole clients: epsilon at most {_bound(user['epsilon'])} at delta "
+            f"{user['delta']:g} ({user['adjacency']}); protects one client against "
+            f"{user['protects_against']}"
+        )
+        if user.get("seeded"):
+            lines.append("WARNING: that noise was seeded: it protects nobody")
+    return lines
+
+
+def _are_withheld(results: dict[str, Any]) -> bool:
+    """Return whether private clients kept all their evaluation metrics to themselves."""
+    record = results.get("privacy", {}).get("record_level")
+    return bool(record) and not record["unprotected_metrics"]
+
+
+def _target(epsilon: float | None) -> str:
+    return "each node's own" if epsilon is None else f"epsilon {epsilon:g}"
+
+
+def _privacy(results: dict[str, Any]) -> str:
+    """Return the figures of privacy; nothing where there was none."""
+    privacy, rows = results.get("privacy", {}), []
+    if record := privacy.get("record_level"):
+        metrics = ", ".join(record["unprotected_metrics"]) or "none, they are withheld"
+        rows += [
+            ("protected", f"{record['unit']}, against {record['protects_against']}"),
+            ("epsilon of a client, at most", _bound(record["epsilon_max"])),
+            ("median", _bound(record["epsilon_median"])),
+            ("at delta", f"{record['delta']:g}"),
+            ("target", _target(record["target_epsilon"])),
+            ("clients that released", str(record["clients"])),
+            ("exhausted clients", str(record["exhausted"])),
+            ("metrics sent without protection", metrics),
+        ]
+    if user := privacy.get("user_level"):
+        rows += [
+            ("protected", f"one client ({user['adjacency']}), against {user['protects_against']}"),
+            ("epsilon, at most", _bound(user["epsilon"])),
+            ("at delta", f"{user['delta']:g}"),
+            *([("not covered", user["not_covered"])] if "not_covered" in user else []),
+        ]
+    return f"<h2>Privacy</h2>\n{_table(rows)}" if rows else ""
+
+
+def _bound(epsilon: float | None) -> str:
+    return "-" if epsilon is None else at_most(epsilon)
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -87,13 +159,16 @@ def _summary(results: dict[str, Any]) -> str:
     return _table(rows)
 
 
-def _adaptation_curves(unseen: dict[str, Any]) -> str:
+def _adaptation_curves(unseen: dict[str, Any], *, withheld: bool) -> str:
     if not unseen["per_client"]:
         return "<p>No unseen client was evaluated.</p>"
     steps = [0, *(int(step) for step in unseen["accuracy_after"])]
     names = ["accuracy-before", *(f"accuracy-after-{step}" for step in steps[1:])]
     if all(one.get(name) is None for one in unseen["per_client"] for name in names):
-        return "<p>The clients report no accuracy; their losses are in results.json.</p>"
+        known = "Their losses are in results.json."
+        return (
+            f"<p>The clients report no accuracy. {_sentence(WITHHELD) if withheld else known}</p>"
+        )
     figure = go.Figure()
     for one in unseen["per_client"]:
         figure.add_scatter(
@@ -112,12 +187,21 @@ def _adaptation_curves(unseen: dict[str, Any]) -> str:
     return _html(figure, "adaptation steps", ticks=steps)
 
 
-def _progress(history: list[dict[str, Any]]) -> str:
+def _progress(history: list[dict[str, Any]], *, withheld: bool) -> str:
     validated = [entry for entry in history if entry["validation"]]
     if not validated:
         return "<p>No round was validated (eval-every = 0).</p>"
-    if all(entry["validation"]["accuracy_before"] is None for entry in validated):
-        return "<p>The validation clients report no accuracy.</p>"
+    scores = [
+        score
+        for entry in validated
+        for score in (
+            entry["validation"]["accuracy_before"],
+            *entry["validation"]["accuracy_after"].values(),
+        )
+    ]
+    if all(score is None for score in scores):
+        why = f" {_sentence(WITHHELD)}" if withheld else ""
+        return f"<p>The validation clients report no accuracy.{why}</p>"
     rounds = [entry["round"] for entry in validated]
     figure = go.Figure()
     figure.add_scatter(
@@ -177,6 +261,10 @@ def _table(rows: list[tuple[str, str]]) -> str:
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows
     )
     return f'<table class="figures">{cells}</table>'
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _percent(value: float | None) -> str:

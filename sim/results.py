@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -14,7 +14,7 @@ from .. import __version__
 from ..clients.evaluation import ACCURACY_BEFORE, LOSS_BEFORE, accuracy_after, loss_after
 from ..config import RunConfig
 from ..files import write_atomic
-from ..strategies import ClientScore, RoundReport, RunResult
+from ..strategies import ClientScore, RoundReport, RunResult, UserLevelSpent
 from ..wire import from_record
 from .report import render_report
 
@@ -53,6 +53,13 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         + len(result.final_quarantined),
         "skipped": sum(report.skipped for report in result.rounds),
     }
+    privacy = {}
+    if config.is_private or any(report.spent for report in result.rounds):
+        privacy["record_level"] = _record_level(config, result)
+    if result.user_level is not None:
+        privacy["user_level"] = _user_level(result.user_level)
+    if privacy:
+        data["privacy"] = privacy
     if result.trained:
         data["trained"] = _adaptation(result.trained, steps)
     return _finite(data)  # type: ignore[no-any-return]  # a dict comes back as a dict
@@ -95,11 +102,40 @@ def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
         "failures": _failures(report.failures),
         "quarantined": _failures(report.quarantined),
         "skipped": report.skipped,
+        "exhausted": list(report.exhausted),
         "train": report.train_metrics,
         "validation": validation,
         "bytes_down": report.bytes_down,
         "bytes_up": report.bytes_up,
         "seconds": report.seconds,
+    }
+
+
+def _record_level(config: RunConfig, result: RunResult) -> dict[str, Any]:
+    """Return what the clients' ledgers have come to, as they say, over all runs on their data."""
+    spent = dict(pair for report in result.rounds for pair in report.spent)  # the last of each
+    exhausted = {name for report in result.rounds for name in report.exhausted}
+    delta = max((report.privacy_delta for report in result.rounds), default=0.0)
+    return {
+        "unit": "one record, added or removed",
+        "protects_against": "the server, and all who see its models",
+        "epsilon_max": max(spent.values(), default=None),
+        "epsilon_median": median(spent.values()) if spent else None,
+        "delta": delta or config.privacy_target_delta,
+        # Nodes that pin privacy have targets, and metrics that they tell, of their own.
+        "target_epsilon": config.privacy_target_epsilon if config.is_private else None,
+        "clients": len(spent),
+        "exhausted": len(exhausted),
+        "unprotected_metrics": list(config.unprotected_metrics),
+    }
+
+
+def _user_level(spent: UserLevelSpent) -> dict[str, Any]:
+    """Return what the server's ledger has come to, over all runs into its folder."""
+    return {
+        **vars(spent),
+        "protects_against": "those who see the models, not the server: it sees every update",
+        "not_covered": "this file: it tells who took part, and what clients reported",
     }
 
 

@@ -16,6 +16,8 @@ from .shell.checkpoint import Checkpoints
 from .shell.firewall import Firewall
 from .shell.guard import guard
 from .shell.reports import ClientScore, RoundReport, RunResult
+from .shell.user_account import UserLevelSpent
+from .user_level import UserLevelPrivacy, with_user_privacy
 
 discover(__name__, __path__)
 
@@ -37,6 +39,8 @@ __all__ = [
     "Rule",
     "RuleStrategy",
     "RunResult",
+    "UserLevelPrivacy",
+    "UserLevelSpent",
     "guard",
     "interpolate",
     "mean",
@@ -44,4 +48,5 @@ __all__ = [
     "multi_krum",
     "server_optimizer",
     "trimmed_mean",
+    "with_user_privacy",
 ]

@@ -38,6 +38,8 @@ class FedAvg(RuleStrategy):
 
 def local_sgd(config: RunConfig) -> dict[str, object]:
     """Return the options of plain local SGD that FedAvg and its family share."""
+    if config.is_private:
+        return {"local_lr": config.local_lr, "local_steps": config.local_steps}
     return {
         "local_lr": config.local_lr,
         "local_epochs": config.local_epochs,

@@ -17,9 +17,9 @@ from pathlib import Path
 from flwr.common import log
 from safetensors import SafetensorError
 
-from ...config import Scalar
 from ...errors import CheckpointError, ConfigError
 from ...files import ANOTHER_FOLDER, temporary_of, write_atomic
+from ...keys import Scalar
 from .snapshot import INSTEAD, Snapshot, packed, unpacked
 
 FINISHED = "finished"  # an empty file in the folder of a run that got to its end

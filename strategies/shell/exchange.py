@@ -7,6 +7,7 @@ from logging import WARNING
 from flwr.app import Message
 from flwr.common import log
 
+from ...errors import BUDGET_EXHAUSTED
 from ...wire import NamedArrays
 from .firewall import Firewall, Judged, sift
 
@@ -22,6 +23,7 @@ class Exchange:
         failed: nodes that raised, each with its reason.
         refused: nodes whose reply the firewall refused.
         lost: nodes of which nothing came in time, or which are gone, as the SuperLink says.
+        exhausted: nodes that refused to train since their privacy budget is spent.
         offenders: those that failed or were refused by a fault of their own.
     """
 
@@ -29,6 +31,7 @@ class Exchange:
     failed: Told
     refused: Told
     lost: Told
+    exhausted: list[int]
     offenders: list[int]
 
 
@@ -56,7 +59,9 @@ def sort_replies(
             answers[node_id] = reply
     good, bad = sift(answers.values(), sent, firewall, weight_key, initial)
     nodes = {id(reply): node_id for node_id, reply in answers.items()}
-    fates: dict[str, list[tuple[int, Judged]]] = {"failed": [], "refused": [], "lost": []}
+    fates: dict[str, list[tuple[int, Judged]]] = {
+        fate: [] for fate in ("failed", "refused", "lost", "exhausted")
+    }
     for one in bad:
         node_id = nodes[id(one.message)]
         fates[_fate(one.message, node_id)].append((node_id, one))
@@ -66,6 +71,7 @@ def sort_replies(
         failed=_told(fates["failed"]),
         refused=_told(fates["refused"]),
         lost=_told(fates["lost"]) + [(n, f"no reply within {timeout_s:g} s") for n in silent],
+        exhausted=[node_id for node_id, _ in fates["exhausted"]],
         offenders=[n for fate in ("failed", "refused") for n, one in fates[fate] if one.is_offence],
     )
 
@@ -83,7 +89,9 @@ def _recipient(reply: object, recipients: Mapping[str, int]) -> int | None:
 def _fate(reply: Message, node_id: int) -> str:
     if not reply.has_error():
         return "refused"
-    return "failed" if reply.metadata.src_node_id == node_id else "lost"
+    if reply.metadata.src_node_id != node_id:
+        return "lost"
+    return "exhausted" if BUDGET_EXHAUSTED in (reply.error.reason or "") else "failed"
 
 
 def _told(pairs: list[tuple[int, Judged]]) -> Told:

@@ -1,6 +1,8 @@
 """What a run has done so far: all that a checkpoint holds besides the arrays."""
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,6 +13,7 @@ from flwr.app import MetricRecord
 from ...wire import NamedArrays
 from ..rules import State
 from .reports import RoundReport
+from .roll_call import Node
 from .snapshot import HISTORIES, Snapshot
 
 Metrics = dict[int, MetricRecord]  # by round
@@ -51,6 +54,16 @@ class History:
         }
         offences = Counter(kept.offences)
         return cls(token=kept.token, reports=list(kept.reports), offences=offences, **metrics)
+
+    @property
+    def exhausted(self) -> set[str]:
+        """The clients whose privacy budget is spent: it will not come back in this run."""
+        return {name for report in self.reports for name in report.exhausted}
+
+    def trusted(self, nodes: Sequence[Node], max_offences: int | None) -> list[Node]:
+        """Return the nodes with fewer bad replies, and a privacy budget that is not spent."""
+        bound, spent = max_offences or math.inf, self.exhausted
+        return [n for n in nodes if self.offences[n.name] < bound and n.name not in spent]
 
     def snapshot(
         self, number: int, arrays: NamedArrays, state: State | None, told: tuple[str, ...]

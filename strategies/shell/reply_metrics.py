@@ -1,5 +1,6 @@
 """The metrics of replies, which may differ: what is finite, what all have, and their means."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from logging import ERROR
@@ -10,7 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from ...wire import ARRAYS, METRICS
+from ...wire import ARRAYS, METRICS, PRIVACY_DELTA, PRIVACY_EPSILON
 
 Metric = int | float | list[int] | list[float]
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
@@ -33,6 +34,19 @@ def metrics_of(content: RecordDict) -> MetricRecord:
 def weight_of(content: RecordDict, weight_key: str) -> float:
     """Return the weight of a reply that was judged good."""
     return float(metrics_of(content)[weight_key])  # type: ignore[arg-type]  # judged: no list
+
+
+def privacy_in(content: RecordDict) -> tuple[float, float]:
+    """Return what a private client's ledger has come to, as it says: (epsilon, delta); else 0, 0.
+
+    What is no number says nothing.
+    """
+    metrics = metrics_of(content)
+    epsilon, delta = metrics.get(PRIVACY_EPSILON, 0.0), metrics.get(PRIVACY_DELTA, 0.0)
+    if isinstance(epsilon, list) or isinstance(delta, list):
+        return 0.0, 0.0
+    is_told = 0 < epsilon < math.inf and 0 <= delta < 1
+    return (float(epsilon), float(delta)) if is_told else (0.0, 0.0)
 
 
 def finite_metrics(content: RecordDict) -> tuple[dict[str, Metric], list[str]]:
@@ -63,8 +77,10 @@ def aggregate_metrics(
     Replies that agree go to ``aggregate`` as they are. Where they do not, Flower's own mean gets
     the metrics that all have, and a function of the user's the replies that have all the usual
     ones, which it may count on. A metric that it does not return is the weighted mean over those
-    that have it in the most common form.
+    that have it in the most common form. Without replies there are no metrics.
     """
+    if not contents:
+        return MetricRecord()
     shared = in_common(contents if aggregate is aggregate_metricrecords else usual_ones(contents))
     try:
         metrics = aggregate(shared, weight_key)

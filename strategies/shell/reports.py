@@ -6,6 +6,7 @@ from functools import cached_property
 from flwr.serverapp.strategy import Result
 
 from ...files import Json, as_json
+from .user_account import UserLevelSpent
 
 Failures = tuple[tuple[str, str], ...]  # (client, reason)
 
@@ -44,6 +45,9 @@ class RoundReport:
         bytes_down: bytes of arrays that were sent.
         bytes_up: bytes of arrays in the good replies.
         seconds: how long it took.
+        exhausted: who refused to train since its privacy budget is spent: no failure.
+        spent: what the privacy ledgers of the clients that trained have come to (epsilon).
+        privacy_delta: the largest delta of these; 0 where nobody told one.
     """
 
     round: int
@@ -56,6 +60,9 @@ class RoundReport:
     seconds: float
     quarantined: Failures = ()
     skipped: bool = False
+    exhausted: tuple[str, ...] = ()
+    spent: tuple[tuple[str, float], ...] = ()
+    privacy_delta: float = 0.0
 
     @cached_property
     def as_json(self) -> Json:
@@ -80,6 +87,7 @@ class RunResult(Result):
         final_quarantined: those of them whose reply was refused.
         clients: the number of nodes of each role.
         dropped: clients of the data set that were too small to take part, as nodes report them.
+        user_level: what the models tell of any one client; None without user-level privacy.
     """
 
     rounds: list[RoundReport] = field(default_factory=list)
@@ -89,3 +97,4 @@ class RunResult(Result):
     final_quarantined: Failures = ()
     clients: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    user_level: UserLevelSpent | None = None

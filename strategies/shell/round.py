@@ -1,13 +1,14 @@
 """What is known of the round in progress."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from logging import WARNING
+from logging import INFO, WARNING
 
 from flwr.app import Message
 from flwr.common import log
 
+from ...errors import BUDGET_EXHAUSTED
 from .exchange import Exchange
 from .reports import ClientScore, RoundReport
 
@@ -22,6 +23,9 @@ class RoundInProgress:
     messages: list[Message] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
+    exhausted: list[str] = field(default_factory=list)
+    spent: list[tuple[str, float]] = field(default_factory=list)
+    privacy_delta: float = 0.0
     train_metrics: dict[str, float] = field(default_factory=dict)
     validation: tuple[ClientScore, ...] = ()
     skipped: bool = False
@@ -29,13 +33,31 @@ class RoundInProgress:
     bytes_up: int = 0
 
     def note(self, exchange: Exchange, name_of: Callable[[int], str]) -> None:
-        """Note and log the nodes that failed, were refused or are lost."""
+        """Note and log the nodes that failed, were refused, are exhausted or lost."""
         for node_id, reason in (*exchange.failed, *exchange.lost):
             self.failures.append((name_of(node_id), reason))
             log(WARNING, "round %d: %s failed: %s", self.number, name_of(node_id), reason)
         for node_id, reason in exchange.refused:
             self.quarantined.append((name_of(node_id), reason))
             log(WARNING, "round %d: %s is quarantined: %s", self.number, name_of(node_id), reason)
+
+        for node_id in exchange.exhausted:
+            self.exhausted.append(name_of(node_id))
+            log(INFO, "round %d: %s: %s", self.number, name_of(node_id), BUDGET_EXHAUSTED)
+
+    def note_spent(self, told: Iterable[tuple[str, float, float]]) -> None:
+        """Note (client, epsilon, delta) of the clients that told an epsilon."""
+        for name, epsilon, delta in told:
+            if epsilon:
+                self.spent.append((name, epsilon))
+                self.privacy_delta = max(self.privacy_delta, delta)
+
+    def skip_for_want(self, good: int, needed: int) -> tuple[None, None]:
+        """Mark the round as skipped for want of good replies."""
+        few = f"{good} good replies of {len(self.clients)}, {needed} are needed"
+        return self.skip(
+            f"{few}; {len(self.exhausted)} budgets exhausted" if self.exhausted else few
+        )
 
     def skip(self, reason: str) -> tuple[None, None]:
         """Mark the round as skipped, and return what Flower's loop takes for that."""
@@ -56,4 +78,7 @@ class RoundInProgress:
             seconds=time.perf_counter() - self.started,
             quarantined=tuple(self.quarantined),
             skipped=self.skipped,
+            exhausted=tuple(self.exhausted),
+            spent=tuple(self.spent),
+            privacy_delta=self.privacy_delta,
         )

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors.numpy import load, save
 
-from ...config import Scalar
 from ...errors import CheckpointError
 from ...files import Json, seal_json, unseal_json
+from ...keys import Scalar
 from ...wire import NamedArrays
 from ..rules import State
 from .reports import ClientScore, RoundReport

@@ -5,7 +5,6 @@
 under ``flwr run`` and on a SuperLink.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from logging import INFO, WARNING
@@ -17,9 +16,8 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from ...config import Scalar
 from ...errors import ConfigError, MetabloomError
-from ...streams import numpy_stream
+from ...keys import Scalar
 from ...wire import (
     KEPT_ROUND,
     RUN_TOKEN,
@@ -29,27 +27,28 @@ from ...wire import (
     size_of,
     to_record,
 )
-from ..rules import Reply, Rule, State
+from ..rules import Rule, State
+from ..user_level import UserLevelPrivacy
+from .answers import answer_of, bytes_in, score_of
 from .checkpoint import Checkpoints
 from .exchange import sort_replies
-from .firewall import Firewall, Judged, clipped, not_finite
+from .firewall import Firewall, Judged, not_finite
 from .history import History
 from .lock import held
 from .reply_metrics import (
     DIVERGED,
     aggregate_metrics,
     diverged,
-    finite_metrics,
     numbers_of,
-    records_of,
-    weight_of,
-    with_metrics,
+    privacy_in,
 )
 from .reports import ClientScore, RoundReport, RunResult
 from .resume import ResumedRun, Saver, snapshot_to_resume
 from .roll_call import Node, Roster
 from .round import RoundInProgress
+from .sampling import Sampler, poisson_sample
 from .snapshot import Snapshot
+from .user_account import SPENT, UserAccount
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -73,6 +72,9 @@ class RuleStrategy(FedAvg):
         checkpoints: where the state is saved and resumed from; None: nowhere. Without ``settings``
             of their own they take the strategy's.
         on_round: called with a RoundReport after each round (a progress bar).
+        user_privacy: differential privacy of whole clients (see ``user_level``): the rule gets one
+            noisy reply a round; None: off. Its noise is fresh, also where a run is resumed, so two
+            runs are not the same to the bit; rounds that are played again are booked again.
         fedavg: any keyword argument of Flower's FedAvg.
 
     Raises:
@@ -93,6 +95,7 @@ class RuleStrategy(FedAvg):
         max_offences: int | None = None,
         checkpoints: Checkpoints | None = None,
         on_round: Callable[[RoundReport], None] | None = None,
+        user_privacy: UserLevelPrivacy | None = None,
         **fedavg: Any,
     ) -> None:
         for name, value, least in (
@@ -104,11 +107,15 @@ class RuleStrategy(FedAvg):
             if value is not None and value < least:
                 raise ConfigError(f"{name} = {value}: must be at least {least}")
         super().__init__(**fedavg)
-        self.rule = rule
+        self._account = UserAccount.of(
+            user_privacy, min_fit_replies=min_fit_replies, max_offences=max_offences
+        )
+        self.user_privacy = user_privacy
+        self.rule = self._account.private(rule) if self._account else rule
         self.seed = seed
         self.clients_per_round = clients_per_round
         self.eval_every = eval_every
-        self.firewall = firewall or Firewall()
+        self.firewall = UserAccount.firewall(firewall or Firewall(), user_privacy)
         self.min_fit_replies = min_fit_replies
         self.max_offences = max_offences
         self.checkpoints = checkpoints
@@ -123,7 +130,8 @@ class RuleStrategy(FedAvg):
         """
         own = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         told = {key: value for key, value in own.items() if isinstance(value, Scalar)}
-        return {"strategy": type(self).__name__, **told, "firewall": str(self.firewall)}
+        private = self.user_privacy.settings if self.user_privacy else {}
+        return {"strategy": type(self).__name__, **told, "firewall": str(self.firewall), **private}
 
     def _begin(self, kept: Snapshot | None, arrays: NamedArrays, timeout_s: float) -> None:
         """Set the state of a run, from a snapshot or anew."""
@@ -135,7 +143,7 @@ class RuleStrategy(FedAvg):
         self._saver = Saver(self.checkpoints, kept)
         self._timeout = timeout_s
         self._closes_with_evaluate_fn = False
-        self._fewest_told = -1
+        self._sampler = Sampler(self.seed)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -196,6 +204,7 @@ class RuleStrategy(FedAvg):
             final_quarantined=tuple(self._round.quarantined),
             clients=self._roster.counts(),
             dropped=self._roster.dropped,
+            user_level=self._account.spent(self._state) if self._account else None,
         )
 
     def summary(self) -> None:
@@ -220,14 +229,23 @@ class RuleStrategy(FedAvg):
         if not candidates:
             why = self._roster.first_fault() or "no node has the role 'train'"
             raise MetabloomError(f"round {server_round}: nobody can train; {why}")
-        bound, offences = self.max_offences or math.inf, self._history.offences
-        trusted = [node for node in candidates if offences[node.name] < bound]
+        run, size = self._history.token, len(candidates)
+        if self._account and not self._account.reserve(run, server_round, num_clients=size):
+            return []
+        chosen = self._sample(candidates, server_round)
+        self._round.clients = tuple(node.name for node in chosen)
+        return self._messages(arrays, config, chosen, MessageType.TRAIN)
+
+    def _sample(self, candidates: list[Node], server_round: int) -> list[Node]:
+        trusted = self._history.trusted(candidates, self.max_offences)
+        if self._account and self.user_privacy:
+            if (rate := self.user_privacy.sample_rate) is not None:
+                return poisson_sample(trusted, rate, self._account.coins())
+            trusted = candidates  # another would take the place of one that is left out
         size = self.clients_per_round or max(
             int(len(candidates) * self.fraction_train), self.min_train_nodes
         )
-        chosen = self._sample(trusted, size, "sample", server_round)
-        self._round.clients = tuple(node.name for node in chosen)
-        return self._messages(arrays, config, chosen, MessageType.TRAIN)
+        return self._sampler.sample(trusted, size, "sample", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -235,25 +253,26 @@ class RuleStrategy(FedAvg):
         """Return the next model and the metrics, or (None, None) where the round is skipped."""
         if self.fraction_train == 0.0:
             return None, None
-        good = [one for _, one in self._good(replies, self._arrays)]
-        if len(good) < self.min_fit_replies:
-            asked = len(self._round.clients)
-            few = f"{len(good)} good replies of {asked}, {self.min_fit_replies} are needed"
-            return self._round.skip(few)
+        if self._account and not self._account.is_paid:
+            return self._round.skip(SPENT)
+        found = self._good(replies, self._arrays)
+        good = [one for _, one in found]
+        if len(good) < self.min_fit_replies and not self._account:  # which tells not who was there
+            return self._round.skip_for_want(len(good), self.min_fit_replies)
         # Values that overflow are found by their result.
         with np.errstate(over="ignore", invalid="ignore"):
             state = self.rule.init(self._arrays) if self._state is None else self._state
-            answers = [self._answer(one) for one in good]
+            sent, wall, key = self._arrays, self.firewall, self.weighted_by_key
+            answers = [answer_of(one, sent, wall, key) for one in good]
             state, new = self.rule.update(state, self._arrays, answers)
         if wild := not_finite(new):
             return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
         self._state, self._arrays = state, new
         contents = [one.message.content for one in good]
-        self._round.bytes_up += sum(
-            size_of(r) for c in contents for r in records_of(c, ArrayRecord)
-        )
-        metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, self.weighted_by_key)
+        self._round.bytes_up += sum(map(bytes_in, contents))
+        metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, key)
         self._round.train_metrics = numbers_of(metrics)
+        self._round.note_spent((node.name, *privacy_in(one.message.content)) for node, one in found)
         self._history.train_metrics[server_round] = metrics
         return to_record(new), metrics
 
@@ -271,7 +290,7 @@ class RuleStrategy(FedAvg):
         else:
             nodes = self._roster.with_role("train")
             size = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
-            chosen = self._sample(nodes, size, "evaluate", server_round)
+            chosen = self._sampler.sample(nodes, size, "evaluate", server_round)
         return self._messages(arrays, config, chosen, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -331,15 +350,6 @@ class RuleStrategy(FedAvg):
             log(WARNING, "%s cannot take part: %s", name, reason)
             self._round.failures.append((name, reason))
 
-    def _sample(self, nodes: list[Node], size: int, purpose: str, server_round: int) -> list[Node]:
-        if size > len(nodes) != self._fewest_told:
-            self._fewest_told = len(nodes)
-            log(WARNING, "%d clients wanted, %d there are: all of them take part", size, len(nodes))
-        picks = numpy_stream(self.seed, purpose, server_round).choice(
-            len(nodes), size=min(size, len(nodes)), replace=False
-        )
-        return [nodes[pick] for pick in sorted(picks)]
-
     # -- messages ----------------------------------------------------------------------------------
 
     def _messages(
@@ -374,25 +384,15 @@ class RuleStrategy(FedAvg):
         good = [(self._roster.get(node_id), one) for node_id, one in exchange.good]
         return sorted(good, key=lambda pair: pair[0].order)
 
-    def _answer(self, judged: Judged) -> Reply:
-        arrays, bound = judged.arrays, self.firewall.max_update_norm
-        if bound is not None and self.firewall.norm_action == "clip":
-            arrays = clipped(arrays, self._arrays, bound)
-        return Reply(arrays, weight_of(judged.message.content, self.weighted_by_key))
-
     def _scores(
         self, replies: Iterable[Message]
     ) -> tuple[tuple[ClientScore, ...], list[RecordDict]]:
         """Return the scores in good replies, and these replies; what diverged is left out."""
         scores, contents = [], []
         for node, judged in self._good(replies, None):
-            content = judged.message.content
-            metrics, wild = finite_metrics(content)
+            score, content, wild = score_of(node, judged, self.weighted_by_key)
             if wild:
                 self._round.quarantined.append((node.name, diverged(wild)))
-            contents.append(with_metrics(content, metrics) if wild else content)
-            numbers = numbers_of(metrics)
-            count = numbers.pop(self.weighted_by_key)
-            role = node.role or "train"
-            scores.append(ClientScore(node.name, node.partition_id, role, count, numbers))
+            scores.append(score)
+            contents.append(content)
         return tuple(scores), contents

@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_run(metabloom,
         (None, ["does not exist", "check the path"]),
         (b"rounds = = 3\n", ["is not TOML", "line 1"]),
         (b"\xff\xfe", ["is not TOML"]),
-        (b"[section]\nrounds = 3\n", ["'section'"]),
+        (b"[section]\nrounds = 3\n", ["'section.rounds'"]),
         (b"rounds = [1, 2]\n", ["rounds = [1, 2]"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The README and docs/reliability.md are true: names exist, commands and blocks of code work."""
+"""The README and two pages of docs are true: names exist, commands and blocks of code work."""
 
 import re
 import shlex
@@ -15,7 +15,8 @@ from tests.sim.synthetic_data import SMALL, install_fakes
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-PAGES = TEXT + (README.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+DOCS = [README.parent / "docs" / name for name in ("reliability.md", "privacy.md")]
+PAGES = TEXT + "".join(page.read_text(encoding="utf-8") for page in DOCS)
 
 
 def blocks(language: str) -> list[str]:
@@ -48,7 +49,10 @@ def test_the_readme_names_exactly_the_registered_data_sets() -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_every_block_of_python_runs(code: str) -> None:
+def test_every_block_of_python_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, str(README), "exec"), {"__name__": "readme"})
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, MetabloomError
-from metabloom.sim.report import PAGE, render_report
+from metabloom.sim.report import PAGE, privacy_lines, render_report
 from metabloom.sim.results import results_of, write_results
 from metabloom.strategies import ClientScore, RoundReport, RunResult
 from metabloom.wire import to_record
@@ -243,3 +243,94 @@ def test_personal_models_of_training_clients_are_told_apart_from_the_unseen():
     assert [one["client"] for one in data["trained"]["per_client"]] == ["t"]
     assert [one["client"] for one in data["unseen"]["per_client"]] == ["x", "<b>y</b> é"]
     assert "trained" not in results_of(CONFIG, result())
+
+
+# --- privacy --------------------------------------------------------------------------------------
+
+PRIVATE = {"privacy.noise-multiplier": 2.0, "privacy.target-epsilon": 3.0}
+
+
+def private_result(unprotected: str = "", **changed) -> dict:
+    """Return the results of a run whose clients send only the metrics that they may."""
+    config = RunConfig.read(
+        {"rounds": 2, "eval-steps": "1,3", **PRIVATE, "privacy.unprotected-metrics": unprotected}
+    )
+    told = result()
+    kept = {*unprotected.split(",")} - {""}
+
+    def only_told(one: ClientScore) -> ClientScore:
+        metrics = {n: value for n, value in one.metrics.items() if n in kept or "all" in kept}
+        return ClientScore(one.client, one.partition_id, one.role, 1, metrics)
+
+    told.unseen = [only_told(one) for one in told.unseen]
+    spent = {"spent": (("a", 2.5), ("b", 2.93)), "exhausted": ("c",)} | changed
+    validation = (only_told(score("v", "validation", 0.4)),)
+    told.rounds = [report(1), report(2, validation, **spent)]
+    return results_of(config, told)
+
+
+def test_the_report_of_a_private_run_shows_what_was_spent_and_that_metrics_are_withheld():
+    data = private_result()
+    page = render_report(data)
+    for name, value in (
+        ("epsilon of a client, at most", "2.93"),
+        ("median", "2.72"),  # 2.715, never rounded down
+        ("at delta", "1e-05"),
+        ("target", "epsilon 3"),
+        ("clients that released", "2"),
+        ("exhausted clients", "1"),
+        ("metrics sent without protection", "none, they are withheld"),
+    ):
+        assert f"<td>{name}</td><td>{value}</td>" in page
+    assert page.count("Evaluation metrics are withheld: privacy.unprotected-metrics names") == 2
+    assert "Their losses are in results.json" not in page
+    assert "Plotly.newPlot(" not in page
+    spent, withheld = privacy_lines(data)
+    assert spent.startswith(
+        "privacy: epsilon at most 2.93 (median 2.72) at delta 1e-05 over 2 clients; 1 exhausted; "
+        "protects one record against the server"
+    )
+    assert withheld.startswith("evaluation metrics are withheld")
+
+
+@pytest.mark.parametrize(("unprotected", "plots"), [("all", 2), ("accuracy-after-3", 2)])
+def test_metrics_that_are_declared_unprotected_are_drawn_as_far_as_they_go(
+    unprotected: str, plots: int
+):
+    data = private_result(unprotected)
+    page = render_report(data)
+    assert page.count("Plotly.newPlot(") == plots
+    assert "withheld" not in page
+    assert f"<td>metrics sent without protection</td><td>{unprotected}</td>" in page
+    assert len(privacy_lines(data)) == 1
+
+
+def test_a_private_run_in_which_nobody_released_has_no_epsilon_to_show():
+    data = private_result(spent=())
+    assert "<td>epsilon of a client, at most</td><td>-</td>" in render_report(data)
+    assert privacy_lines(data)[0].startswith("privacy: nothing was released over 0 clients")
+
+
+def test_the_privacy_of_whole_clients_is_told_apart_from_that_of_records():
+    data = results()
+    data["privacy"] = {
+        "user_level": {
+            "epsilon": 4.501,
+            "delta": 1e-6,
+            "adjacency": "leave out",
+            "protects_against": "all who see the models",
+            "seeded": False,
+        }
+    }
+    line = "privacy of whole clients: epsilon at most 4.51 at delta 1e-06 (leave out)"
+    assert privacy_lines(data) == [f"{line}; protects one client against all who see the models"]
+    page = render_report(data)
+    assert "<td>one client (leave out), against all who see the models</td>" in page
+    assert "exhausted clients" not in page
+    data["privacy"]["user_level"]["seeded"] = True
+    assert "it protects nobody" in privacy_lines(data)[1]
+
+
+def test_a_run_without_privacy_says_nothing_of_it():
+    assert privacy_lines(results()) == []
+    assert "Privacy" not in render_report(results()).split("</script>", 1)[1]
