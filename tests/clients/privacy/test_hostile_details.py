@@ -32,11 +32,6 @@ PINS = {"privacy.noise-multiplier": 2.0, "partition-id": 3}
 CANARY = "Smith, John"
 
 
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "anna.jsonl"
-
-
 def fit(file, config, *, data=None, **options):
     own = private(file, data=data, **options)
     return own.fit(own.get_parameters({}), config)

@@ -1,7 +1,6 @@
 """The ledger only grows, over rounds, objects and restarts, and holds a budget."""
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -15,12 +14,6 @@ from tests.clients.privacy.ledgers import (
     ledger_at,
     written,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledgers" / "anna.jsonl"
-
 
 # --- it only grows --------------------------------------------------------------------------------
 

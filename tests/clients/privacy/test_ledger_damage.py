@@ -21,12 +21,6 @@ from tests.clients.privacy.ledgers import (
     written,
 )
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledgers" / "anna.jsonl"
-
-
 # --- what was altered -----------------------------------------------------------------------------
 
 

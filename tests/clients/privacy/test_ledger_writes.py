@@ -4,7 +4,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-from pathlib import Path
 
 import pytest
 
@@ -23,12 +22,6 @@ from tests.clients.privacy.ledgers import (
     read,
     written,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledgers" / "anna.jsonl"
-
 
 # --- writes that fail -----------------------------------------------------------------------------
 

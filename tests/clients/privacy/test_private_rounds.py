@@ -20,11 +20,6 @@ EACH = 2  # releases of a round: one inner step, one query gradient
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "anna.jsonl"
-
-
 def fit(file, config=None, *, arrays=None, **options):
     """Return the reply of a client that was built for this message alone."""
     own = private(file, **options)

@@ -24,11 +24,6 @@ KINDS = pytest.mark.parametrize("kind", [MAMLClient, SGDClient])
 CANARY = "diagnosis of record 7: 123456.789"
 
 
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "anna.jsonl"
-
-
 # --- the end of the budget ------------------------------------------------------------------------
 
 FEW = {"target_epsilon": 12.0}  # of sigma = 1 and q = .5: some rounds
