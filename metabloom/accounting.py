@@ -28,6 +28,7 @@ ORDERS: tuple[float, ...] = (
 )
 LARGEST_COUNT = 2**40  # releases: more are no question of privacy any more
 LEAST_NOISE, MOST_NOISE = 1e-9, 1e9  # of an event: beyond them the formulas overflow
+LEAST_DIVERGENCE = 1e-11  # below it the formulas have less than five digits
 NOISES = (0.1, 1e6)  # where a noise multiplier is looked for
 
 
@@ -296,9 +297,10 @@ def _rdp_of_one(noise_multiplier: float, sample_rate: float) -> np.ndarray:
         ),
         dtype=np.float64,
     )
-    # Where the divergence is below 1e-13, rounding makes it 0 or less, and then any number of
-    # releases would be free: the first term of its series is a lower bound.
-    found = np.maximum(found, np.array(ORDERS) * (sample_rate / noise_multiplier) ** 2 / 2)
+    # Opacus takes the logarithm of 1 + x, which loses a small x, and at 0 any number of releases
+    # would be free: there it is the first term of its series in x.
+    first = np.array(ORDERS) * sample_rate**2 * np.expm1(min(noise_multiplier**-2, 700.0)) / 2
+    found = np.where(found < LEAST_DIVERGENCE, np.maximum(found, first), found)
     found.flags.writeable = False
     return found
 

@@ -231,6 +231,25 @@ def test_a_direction_of_zeros_is_booked_like_any_other():
         releases.hessian_product(weights(model), zero, noise_multiplier=2.6, max_norm=0.1)
 
 
+def test_a_direction_too_short_for_noise_of_its_size_counts_as_zeros():
+    model = SmoothNet()
+    releases = releases_of(model, RECORDS, rate=0.3, charge=charge_of(1, 2.6, 0.3))
+    short = {name: torch.full_like(value, 1e-33) for name, value in weights(model).items()}
+    found = releases.hessian_product(weights(model), short, noise_multiplier=2.6, max_norm=0.1)
+    assert all(not value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("wrong", [{"inner_lr": 0.0}, {"steps": 0}, {"adapt": lambda name: False}])
+def test_an_inner_loop_that_cannot_work_is_refused_before_anything_is_released(wrong):
+    model, charge = SmoothNet(), charge_of(2)
+    releases = releases_of(model, RECORDS, size=SIZE, charge=charge)
+    with pytest.raises(ConfigError):
+        private_meta_gradient(
+            releases, weights(model), without_noise(), **{"inner_lr": 0.4, **wrong}
+        )
+    assert charge == charge_of(2)
+
+
 def test_a_release_of_another_noise_or_rate_is_not_what_was_reserved():
     model = SmoothNet()
     for sigma, rate in ((1.2, 0.3), (1.3, 0.31)):

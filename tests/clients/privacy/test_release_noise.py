@@ -243,6 +243,10 @@ def test_seeded_sources_reproduce_and_differ_by_seed():
     one, again, other = (noise_of(sources=seeded_sources(seed))[0] for seed in (5, 5, 6))
     assert torch.equal(one, again)
     assert abs(correlation(one, other)) < FAR
+    streams = [
+        g for seed in (5, 6) for g in (seeded_sources(seed).draws, seeded_sources(seed).noise)
+    ]
+    assert len({generator.initial_seed() for generator in streams}) == 4  # none is another's
 
 
 # --- layers that draw ----------------------------------------------------------------------------
