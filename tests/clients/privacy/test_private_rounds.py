@@ -167,6 +167,15 @@ def test_the_answers_that_are_kept_stay_few(file, told):
     assert booked(file) == 50 * EACH
 
 
+def test_a_message_of_the_round_before_gets_its_own_bytes_again(file):
+    earlier, later = ({"server-round": number, "run-token": "a run"} for number in (2, 3))
+    first = fit(file, earlier)
+    fit(file, later)
+    again = fit(file, earlier)
+    assert all(np.array_equal(a, b) for a, b in zip(first[0], again[0], strict=True))
+    assert booked(file) == 2 * EACH
+
+
 def test_epsilon_after_rounds_is_that_of_all_of_them(file):
     for number in range(1, 8):
         _, _, metrics = fit(file, {"server-round": number})
