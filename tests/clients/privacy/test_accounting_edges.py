@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -32,6 +33,24 @@ def test_releases_whose_divergence_rounds_to_nothing_still_cost_what_they_cost(e
     assert wanted > 0
     assert epsilon_of([event], DELTA) == pytest.approx(wanted, rel=0.02)
     assert epsilon_of([event._replace(count=event.count // 2)], DELTA) < epsilon_of([event], DELTA)
+
+
+@pytest.mark.parametrize("q", [1e-6, 1e-7, 1e-8, 1e-9])
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 3.0])
+def test_a_divergence_that_is_lost_in_rounding_is_not_free(sigma, q):
+    found = dict(zip(ORDERS, rdp_of([Event(sigma, q)]), strict=True))
+    for order in (2, 5, 63):
+        with mpmath.workdps(60):
+            s, rate = mpmath.mpf(sigma), mpmath.mpf(q)
+            terms = [
+                mpmath.binomial(order, k)
+                * (1 - rate) ** (order - k)
+                * rate**k
+                * mpmath.exp((k * k - k) / (2 * s * s))
+                for k in range(order + 1)
+            ]
+            exact = float(mpmath.log(sum(terms)) / (order - 1))
+        assert exact * (1 - 1e-3) <= found[order] <= exact * (1 + 1e-3) + 1e-15  # its rounding
 
 
 def test_a_budget_is_spent_by_such_releases_too():
