@@ -1,50 +1,61 @@
-"""A Flower Grid inside one process: virtual nodes that answer at once, one after another.
+"""A Flower Grid of many virtual nodes: in this process, on this machine or on a Ray cluster.
 
 ``Strategy.start`` touches nothing but the Grid, so a strategy runs here as it does under ``flwr
 run`` and on a SuperLink.
 """
 
-import copy
+import math
 import secrets
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Literal, Self
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MetabloomError
 from ..streams import stream_seed
-from ..wire import NUM_PARTITIONS, PARTITION_ID
+from .engine.questions import Reducer
+from .engine.replies import Reduced, Replies
 
-
-@dataclass
-class _Node:
-    """One virtual node: its context lasts over the rounds."""
-
-    context: Context
+WAKE_S = 0.5  # no wait is longer at once: Ctrl-C and timeouts come through
 
 
 class CohortGrid(Grid):
-    """Hand messages to virtual nodes in this process.
+    """Hand messages to virtual nodes: in this process, or in Ray actors that last.
 
     Node ids are derived from the seed and are not partition ids, so that nothing comes to rely on
     their order. A client that raises answers with an error message, and what it wrote into its
-    context is discarded, as under Flower's own engine. Only one grid at a time: Flower keeps the
+    context is discarded, as under Flower's own engine. Replies come in the order of the messages,
+    and no result depends on the number of workers. Only one grid at a time: Flower keeps the
     identity of the running task in the process.
 
+    It is a context manager; ``close`` stops the actors.
+
     Args:
-        app: the ClientApp of every node.
+        app: the ClientApp of every node. One with ``answer_all`` answers for many nodes at once.
         num_nodes: >= 1; node i has ``partition-id`` i.
         run_config: what clients find in ``context.run_config``.
         seed: of the node ids.
+        workers: 0: clients run one after another in this process; n: in n Ray actors; "auto": in
+            one for each processor core.
+        ray_address: of a Ray cluster to join, "auto" for one on this machine; empty: none.
+        gpus_per_worker: >= 0; 0: GPUs are shared out equally, at most one for each worker. None
+            are where the run config says ``device = "cpu"``.
+        client_timeout_s: > 0: a client that takes longer is given up, where there are workers;
+            None: never.
 
     Raises:
-        ConfigError: where num_nodes is below 1.
+        ConfigError: where a value is out of range, or the Ray cluster cannot be reached.
+        MetabloomError: where Ray does not start.
     """
 
     def __init__(
@@ -54,32 +65,61 @@ class CohortGrid(Grid):
         num_nodes: int,
         run_config: UserConfig | None = None,
         seed: int = 0,
+        workers: int | Literal["auto"] = 0,
+        ray_address: str = "",
+        gpus_per_worker: float = 0.0,
+        client_timeout_s: float | None = None,
     ) -> None:
-        if num_nodes < 1:
-            raise ConfigError(f"num_nodes = {num_nodes}: a federation needs at least one node")
-        self._app = app
+        # Ray takes a second to import, and only the simulator needs it.
+        from .engine.backends import Backend, backend_of
+        from .engine.mailbox import Mailbox
+
+        _check(num_nodes, workers, ray_address, gpus_per_worker, client_timeout_s)
+        partitions = {stream_seed(seed, "node", i): i for i in range(num_nodes)}
+        config = dict(run_config or {})
+        self._node_ids = sorted(partitions)
+        self._lock = threading.Condition()  # legacy servers talk to their clients from many threads
+        self._mail = Mailbox(partitions, config, self._lock)
+        self._reduced: dict[int, tuple[Message, Reduced]] = {}  # by id() of a message
+        self._left: deque[list[str]] = deque()  # ids of replies that nobody took
         # Another one for each grid: clients key what they keep on disk by it.
-        self._run = Run.create_empty(secrets.randbits(63))
-        self._lock = threading.Lock()  # legacy servers talk to their clients from many threads
-        self._replies: dict[str, Message] = {}
-        self._pushed = 0
-        self._nodes = {
-            node_id: _Node(
-                Context(
-                    run_id=self._run.run_id,
-                    node_id=node_id,
-                    node_config={PARTITION_ID: index, NUM_PARTITIONS: num_nodes},
-                    state=RecordDict(),
-                    run_config=dict(run_config or {}),
-                )
-            )
-            for index, node_id in enumerate(stream_seed(seed, "node", i) for i in range(num_nodes))
-        }
-        self.set_run(self._run)
+        self.set_run(Run.create_empty(secrets.randbits(63)))
+        self._backend: Backend = backend_of(
+            app,
+            self._mail,
+            self._lock,
+            num_nodes=num_nodes,
+            run_config=config,
+            workers=workers,
+            ray_address=ray_address,
+            gpus_per_worker=gpus_per_worker,
+            client_timeout_s=client_timeout_s,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the actors, and a Ray that was started for them; may be called again."""
+        self._backend.close()
+
+    @property
+    def workers(self) -> int:
+        """How many processes run clients; 0: this one."""
+        return self._backend.workers
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to."""
         self._run = run
+        self._mail.run_id = run.run_id
         TaskIdentity.task_id = 1
         TaskIdentity.run_id = run.run_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
@@ -102,58 +142,121 @@ class CohortGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, ascending."""
-        return sorted(self._nodes)
+        return self._node_ids
+
+    def reduced(self, messages: Iterable[Message], reducer: Reducer) -> Reduced:
+        """Let the replies to ``messages``, which are pushed next, be summed up where they are made.
+
+        Args:
+            messages: the very objects that will be pushed.
+            reducer: ``reducer(pairs) -> (part, contents)`` from the (message, reply) pairs of a
+                block, in their order, to what they come to together and the content with which each
+                reply travels on. It must be one that pickles.
+
+        Returns:
+            What holds the parts once the replies were taken.
+        """
+        handle = Reduced(reducer)
+        with self._lock:
+            self._reduced = {id(one): (one, handle) for one in messages}
+        return handle
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages, wait for each answer, and return the ids to pull answers by."""
+        """Hand messages to their nodes and return the ids to pull replies by.
+
+        Without workers they are answered by then. A message to a node that is still at another one
+        waits for it.
+        """
         with self._lock:
-            return [self._deliver(message) for message in messages]
+            self._tidy()
+            ids = [
+                self._mail.accept(one, self._reduced.get(id(one), (one, None))[1])
+                for one in messages
+            ]
+            self._reduced = {}
+            self._backend.submit(self._mail.blocks())
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the answers to ``message_ids`` and forget them."""
+        """Return the replies that there are to ``message_ids``, and forget them.
+
+        An id that is unknown, or was pulled before, gives an error message, as in Flower.
+        """
         with self._lock:
-            return [self._replies.pop(mid) for mid in message_ids if mid in self._replies]
+            self._tidy()
+            return [self._mail.pull(one) for one in message_ids if self._mail.is_there(one)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Deliver messages and return the answers; nodes answer at once, whatever ``timeout``."""
-        del timeout
-        return self.pull_messages(self.push_messages(messages))
+    ) -> Replies:
+        """Hand messages to their nodes, and return the replies as they come, in that order.
 
-    def _deliver(self, message: Message) -> str:
-        self._pushed += 1
-        message_id = f"{self._run.run_id}-{self._pushed}"
-        message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
-        reply = self._answer(message)
-        reply.metadata.__dict__["_message_id"] = f"{message_id}-reply"
-        self._replies[message_id] = reply
-        return message_id
+        Args:
+            messages: to any nodes.
+            timeout: seconds after which those that have not answered are given up; None: never.
 
-    def _answer(self, message: Message) -> Message:
-        node = self._nodes.get(message.metadata.dst_node_id)
-        if node is None:
-            reason = f"there is no node {message.metadata.dst_node_id} in this grid"
-            return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
-        # Nodes share the records of a broadcast, and what a failing client wrote is not kept: a
-        # client writes into copies of its message and of its context.
-        own, context = copy.copy(message), copy.copy(node.context)
-        own.content = _copied(message.content)
-        context.state, context.run_config = _copied(context.state), dict(context.run_config)
-        try:
-            reply = self._app(own, context)
-        except Exception as err:  # a client may raise anything: the others go on
-            reason = f"{type(err).__name__}: {err}"
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        node.context = context
-        return reply
+        Raises (while replies are taken):
+            MetabloomError: where no worker can be started any more.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        ids = list(self.push_messages(messages))
+        replies = Replies(self._stream(ids, end), bool(ids))
+        weakref.finalize(replies, self._left.append, ids)
+        return replies
+
+    def _stream(self, ids: Sequence[str], end: float) -> Iterator[Message]:
+        """Yield the replies to ``ids`` in their order; what is late at ``end`` is given up."""
+        late = []
+        for message_id in ids:
+            with self._lock:
+                while not self._mail.is_there(message_id) and (left := end - time.monotonic()) > 0:
+                    self._tidy()
+                    if not self._mail.is_there(message_id):
+                        self._lock.wait(min(WAKE_S, left))
+                is_there = self._mail.is_there(message_id)
+                reply = self._mail.pull(message_id) if is_there else None
+            if reply is None:
+                late.append(message_id)
+            else:
+                yield reply
+        with self._lock:
+            self._forget(late)
+
+    def _tidy(self) -> None:
+        """Give up what is too old, or of no use to anybody."""
+        if self._backend.fault:
+            raise MetabloomError(self._backend.fault)
+        if self._mail.expire():
+            self._stop_unwanted()
+        while self._left:
+            self._forget(self._left.popleft())
+
+    def _forget(self, ids: Iterable[str]) -> None:
+        if self._mail.forget(ids):
+            self._stop_unwanted()
+
+    def _stop_unwanted(self) -> None:
+        self._backend.give_up()
+        self._backend.submit(self._mail.blocks())  # to nodes that were kept waiting
 
 
-def _copied(records: RecordDict) -> RecordDict:
-    """Return copies of records and of their lists; arrays, whose bytes are fixed, stay shared."""
-    copies = {name: record.copy() for name, record in records.items()}
-    for record in copies.values():
-        for key, value in record.items():
-            if isinstance(value, list):
-                record[key] = value.copy()  # type: ignore[assignment]  # a copy has its type
-    return RecordDict(copies)
+def _check(
+    num_nodes: int,
+    workers: int | str,
+    ray_address: str,
+    gpus_per_worker: float,
+    client_timeout_s: float | None,
+) -> None:
+    if num_nodes < 1:
+        raise ConfigError(f"num_nodes = {num_nodes}: a federation needs at least one node")
+    if workers != "auto" and not (isinstance(workers, int) and workers >= 0):
+        raise ConfigError(f"workers = {workers!r}: 'auto' or a whole number of at least 0")
+    if ray_address and workers == 0:
+        raise ConfigError(
+            f"ray_address = {ray_address!r} with workers = 0: all clients run in this process; set "
+            "workers to 'auto' or a number above 0"
+        )
+    if not 0 <= gpus_per_worker < math.inf:
+        raise ConfigError(f"gpus_per_worker = {gpus_per_worker!r}: must be at least 0")
+    if client_timeout_s is not None and not client_timeout_s > 0:
+        raise ConfigError(f"client_timeout_s = {client_timeout_s!r}: must be above 0, or None")

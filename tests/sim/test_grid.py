@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
 from metabloom.client_app import app as our_clients
 from metabloom.config import RunConfig
@@ -172,9 +172,11 @@ def test_answers_are_pulled_under_the_ids_that_pushing_gave_once():
     (second,) = grid.pull_messages([ids[1]])
     assert second.metadata.src_node_id == nodes[1]
     assert second.metadata.reply_to_message_id == ids[1]
-    rest = list(grid.pull_messages(ids))
+    rest = list(grid.pull_messages([ids[0], ids[2]]))
     assert [reply.metadata.src_node_id for reply in rest] == [nodes[0], nodes[2]]
-    assert list(grid.pull_messages(ids)) == []
+    for reply in grid.pull_messages([*ids, "no such id"]):  # as Flower says it, in its own name
+        assert reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
+        assert reply.metadata.src_node_id == SUPERLINK_NODE_ID
 
 
 def test_several_messages_to_one_node_are_answered_each():
