@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -77,7 +77,6 @@ class CohortGrid(Grid):
         _check(num_nodes, workers, ray_address, gpus_per_worker, client_timeout_s)
         partitions = {stream_seed(seed, "node", i): i for i in range(num_nodes)}
         config = dict(run_config or {})
-        self._node_ids = sorted(partitions)
         self._lock = threading.Condition()  # legacy servers talk to their clients from many threads
         self._mail = Mailbox(partitions, config, self._lock)
         self._reduced: dict[int, tuple[Message, Reduced]] = {}  # by id() of a message
@@ -116,6 +115,11 @@ class CohortGrid(Grid):
         """How many processes run clients; 0: this one."""
         return self._backend.workers
 
+    @property
+    def partitions(self) -> Mapping[int, int]:
+        """The partition of each node by its id, in the order of the partitions."""
+        return self._mail.partitions
+
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to."""
         self._run = run
@@ -142,7 +146,7 @@ class CohortGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, ascending."""
-        return self._node_ids
+        return sorted(self._mail.partitions)
 
     def reduced(self, messages: Iterable[Message], reducer: Reducer) -> Reduced:
         """Let the replies to ``messages``, which are pushed next, be summed up where they are made.
@@ -206,21 +210,19 @@ class CohortGrid(Grid):
 
     def _stream(self, ids: Sequence[str], end: float) -> Iterator[Message]:
         """Yield the replies to ``ids`` in their order; what is late at ``end`` is given up."""
-        late = []
+        late: set[str] = set()
         for message_id in ids:
             with self._lock:
                 while not self._mail.is_there(message_id) and (left := end - time.monotonic()) > 0:
                     self._tidy()
                     if not self._mail.is_there(message_id):
                         self._lock.wait(min(WAKE_S, left))
-                is_there = self._mail.is_there(message_id)
-                reply = self._mail.pull(message_id) if is_there else None
-            if reply is None:
-                late.append(message_id)
-            else:
+                if not self._mail.is_there(message_id):  # at once: what comes later is in no sum
+                    late = {one for one in ids if not self._mail.is_there(one)}
+                    self._forget(late)
+                reply = None if message_id in late else self._mail.pull(message_id)
+            if reply is not None:
                 yield reply
-        with self._lock:
-            self._forget(late)
 
     def _tidy(self) -> None:
         """Give up what is too old, or of no use to anybody."""

@@ -31,10 +31,20 @@ STATISTICS = ("running_mean", "running_var")  # of BatchNorm, in clients that ar
 
 @dataclass(frozen=True)
 class Reply:
-    """One client's answer: its arrays by name, and the number of its training records."""
+    """One client's answer, or the mean of several clients' answers.
+
+    Attributes:
+        arrays: by name; floating ones of a mean are float64, but those that nobody changed.
+        num_examples: training records, of all its clients together.
+        clients: how many it stands for, >= 1.
+        changed: of a mean, the floating arrays that any of its clients changed; None: those that
+            differ from what was sent.
+    """
 
     arrays: NamedArrays
     num_examples: float
+    clients: int = 1
+    changed: frozenset[str] | None = None
 
 
 # aggregation(sent, replies, weighting), of one reply or more: float64 for floating arrays, the
@@ -44,10 +54,19 @@ Aggregation = Callable[[NamedArrays, Sequence[Reply], Weighting], Arrays]
 
 @dataclass(frozen=True)
 class Rule:
-    """A pure aggregation rule; see the module's text."""
+    """A pure aggregation rule; see the module's text.
+
+    Attributes:
+        init: the state before the first round, of the initial arrays.
+        update: the next state and arrays, of the state, the arrays that were sent, and the replies.
+        mean_by: the weighting of the ``mean``, where the rule sees no more of the replies than that
+            and which arrays anyone changed: the mean of several may then stand in their place.
+            None: it needs each reply.
+    """
 
     init: Callable[[NamedArrays], State]
     update: Callable[[State, NamedArrays, Sequence[Reply]], tuple[State, Arrays]]
+    mean_by: Weighting | None = None
 
 
 def check_weighting(weighting: str) -> None:
@@ -57,13 +76,14 @@ def check_weighting(weighting: str) -> None:
 
 
 def weights_of(replies: Sequence[Reply], weighting: Weighting) -> np.ndarray:
-    """Return p, of sum 1 over the clients that answered: 1/n, or by ``num_examples``.
+    """Return p, of sum 1 over the replies: by their ``clients``, 1/n of each, or ``num_examples``.
 
     Raises:
         MetabloomError: where ``num_examples`` are no weights, naming them.
     """
     if weighting == "uniform":
-        return np.full(len(replies), 1.0 / len(replies))
+        clients = np.array([reply.clients for reply in replies], dtype=np.float64)
+        return np.asarray(clients / clients.sum())
     counts = np.array([reply.num_examples for reply in replies], dtype=np.float64)
     if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
         raise MetabloomError(
@@ -123,7 +143,7 @@ def interpolate(
         }
         return state, new
 
-    return Rule(init=lambda _: {}, update=update)
+    return Rule(lambda _: {}, update, mean_by=weighting if aggregate is mean else None)
 
 
 def server_optimizer(
@@ -165,7 +185,7 @@ def server_optimizer(
         if state:  # load_state_dict keeps tensors: without a copy the old state would change
             optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         optimizer.step()
-        trained = {n for n in floating if _any_changed(n, sent, replies)} | set(
+        trained = {n for n in floating if any_changed(n, sent, replies)} | set(
             state.get("trained", ())
         )
         stepped = {
@@ -176,8 +196,14 @@ def server_optimizer(
         new_state = {"optimizer": optimizer.state_dict(), "trained": sorted(trained)}
         return new_state, {name: stepped.get(name, as_is[name]) for name in sent}
 
-    return Rule(init=lambda _: {}, update=update)
+    return Rule(lambda _: {}, update, mean_by=weighting if aggregate is mean else None)
 
 
-def _any_changed(name: str, sent: NamedArrays, replies: Sequence[Reply]) -> bool:
-    return not all(np.array_equal(reply.arrays[name], sent[name]) for reply in replies)
+def any_changed(name: str, sent: NamedArrays, replies: Sequence[Reply]) -> bool:
+    """Return whether any client of the replies changed the array ``name``."""
+    return any(
+        not np.array_equal(reply.arrays[name], sent[name])
+        if reply.changed is None
+        else name in reply.changed
+        for reply in replies
+    )

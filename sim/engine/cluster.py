@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import Any, Literal
 import ray
 
 from ...errors import ConfigError, MetabloomError
+from ...execution import cores as cores_here
 
 Workers = int | Literal["auto"]
+ANSWER_S = 10.0
 GRAIN = 10_000  # Ray counts GPUs in ten-thousandths
 
 
@@ -55,7 +58,7 @@ def enter(
     """
     is_ours, is_shared = not ray.is_initialized(), bool(address)
     if is_ours:
-        count = _cores() if workers == "auto" else workers
+        count = cores_here() if workers == "auto" else workers
         _connect(address, None if address else count)
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -80,14 +83,10 @@ def _share_of_gpus(size: int, gpus: float, wanted: float) -> float:
         return min(1.0, int(GRAIN * gpus / size) / GRAIN)
     if wanted * size > gpus + 1e-9:
         raise ConfigError(
-            f"gpus_per_worker = {wanted:g} for {size} workers: Ray has {gpus:g} GPUs; lower one of "
+            f"gpus-per-worker = {wanted:g} for {size} workers: Ray has {gpus:g} GPUs; lower one of "
             "the two"
         )
     return wanted
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _connect(address: str, cores: int | None) -> None:
@@ -95,6 +94,8 @@ def _connect(address: str, cores: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     here: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
+    if address and address != "auto":
+        _check_answers(address)
     try:
         with _signals_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -106,14 +107,32 @@ def _connect(address: str, cores: int | None) -> None:
                 **here,
             )
     except (ConnectionError, ValueError) as err:
-        raise ConfigError(
-            f"ray_address = {address!r}: no Ray cluster answers there ({err}); start one by 'ray "
-            "start --head', or leave the address out"
-        ) from err
+        raise _nobody_at(address, err) from err
     except Exception as err:
         raise MetabloomError(
             f"Ray does not start: {type(err).__name__}: {err}; workers = 0 needs no Ray"
         ) from err
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConfigError where nothing listens: Ray itself would end the whole process."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "//" in host:
+        raise ConfigError(
+            f"ray-address = {address!r}: 'auto', or host:port of the cluster's head is needed, as "
+            "'ray start --head' prints it"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except OSError as err:
+        raise _nobody_at(address, err) from err
+
+
+def _nobody_at(address: str, err: Exception) -> ConfigError:
+    return ConfigError(
+        f"ray-address = {address!r}: no Ray cluster answers there ({err}); start one by 'ray start "
+        "--head', or leave the address out"
+    )
 
 
 @contextmanager

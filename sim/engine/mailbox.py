@@ -45,13 +45,14 @@ class Mailbox:
 
     Attributes:
         run_id: Flower's.
+        partitions: as given.
     """
 
     def __init__(
         self, partitions: Mapping[int, int], run_config: UserConfig, lock: threading.Condition
     ) -> None:
         self.run_id = 0
-        self._partitions, self._run_config = partitions, run_config
+        self.partitions, self._run_config = partitions, run_config
         self._lock = lock
         self._numbers = itertools.count(1)
         self._pending: dict[str, _Pending] = {}
@@ -69,7 +70,7 @@ class Mailbox:
         message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
         pending = self._pending[message_id] = _Pending(message, number, reduced)
         node_id = message.metadata.dst_node_id
-        if node_id not in self._partitions:
+        if node_id not in self.partitions:
             reason = f"there is no node {node_id} in this grid"
             pending.answer = Answer(code=ErrorCode.NODE_UNAVAILABLE, reason=reason)
             return message_id
@@ -97,8 +98,8 @@ class Mailbox:
                 run_id=self.run_id,
                 node_id=node_id,
                 node_config={
-                    PARTITION_ID: self._partitions[node_id],
-                    NUM_PARTITIONS: len(self._partitions),
+                    PARTITION_ID: self.partitions[node_id],
+                    NUM_PARTITIONS: len(self.partitions),
                 },
                 state=self._states.get(node_id),
                 run_config=self._run_config,

@@ -9,19 +9,19 @@ import heapq
 import itertools
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from logging import WARNING
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
-from flwr.app import Array, ArrayRecord
 from flwr.common import log
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from .parcels import Request, pack_arrays, pack_question, unpack_answer
-from .questions import Block, Delivery, Reducer, failed
+from .broadcasts import Broadcasts
+from .parcels import unpack_answer
+from .questions import Block, Delivery, failed
 
 IN_FLIGHT = 2  # blocks that an actor has at once: the next is there when one is done
 POLL_S = 0.05
@@ -29,16 +29,6 @@ TRIES = 2  # how often a client is begun before it is given up, where its actor 
 START_S = 120.0  # for an actor to start
 BAD_STARTS = 3  # actors in a row that did not start, before all is given up
 ASKING_S = 5.0
-PUTS_KEPT = 8  # broadcasts that stay in Ray's store
-
-
-class _Put(NamedTuple):
-    """A record in Ray's store: its arrays tell whether it was written into since."""
-
-    record: ArrayRecord
-    arrays: tuple[tuple[str, Array], ...]
-    token: str
-    ref: Any
 
 
 @dataclass
@@ -95,8 +85,7 @@ class Pool:
         self._client_timeout_s = client_timeout_s
         self._waiting: list[tuple[float, int, Block]] = []  # a heap: the most expensive first
         self._numbers = itertools.count()
-        self._puts: OrderedDict[int, _Put] = OrderedDict()
-        self._reducer: tuple[Reducer, Any] | None = None  # the last one, in Ray's store
+        self._parcels = Broadcasts()
         self._bad_starts = 0
         self.fault = ""
         self._closed = False
@@ -107,7 +96,7 @@ class Pool:
     def submit(self, blocks: Sequence[Block]) -> None:
         """Take blocks to work on."""
         with self._lock:
-            self._share([block for block in blocks if block.questions])
+            self._parcels.share(blocks)
             for block in blocks:
                 self._queue(block)
             self._hand_out()
@@ -137,8 +126,7 @@ class Pool:
         self._thread.join()
         for seat in self._seats:
             ray.kill(seat.actor)
-        self._seats, self._waiting, self._reducer = [], [], None
-        self._puts.clear()
+        self._seats, self._waiting, self._parcels = [], [], Broadcasts()
 
     # -- the pool's own thread ---------------------------------------------------------------------
 
@@ -198,6 +186,10 @@ class Pool:
             with self._lock:
                 seat.starting, self._bad_starts = None, 0
                 self._hand_out()
+            return
+        if value is None:  # it was skipped, which its recall has yet to say
+            with self._lock:
+                self._requeue(seat, seat.flights[0])
             return
         answers = [unpack_answer(one) for one in value.answers]
         with self._lock:
@@ -316,7 +308,9 @@ class Pool:
             seat = min(free, key=lambda one: len(one.flights))
             _, _, block = heapq.heappop(self._waiting)
             since, number = 0.0 if seat.flights else time.monotonic(), next(self._numbers)
-            seat.flights.append(_Flight(self._send(seat, block, number), block, number, since))
+            request = self._parcels.of(block, number, self._run_id())
+            ref = seat.actor.answer.remote(*request)
+            seat.flights.append(_Flight(ref, block, number, since))
         self._recall()
 
     def _recall(self) -> None:
@@ -339,53 +333,15 @@ class Pool:
         except RayError:
             return  # the actor died, which the block that it was at tells
         if is_free:
-            seat.flights.remove(flight)
-            self._queue(flight.block)
-            self._hand_out()
+            self._requeue(seat, flight)
 
-    def _send(self, seat: _Seat, block: Block, number: int) -> Any:
-        """Return the ref of the answers of a block."""
-        beside: dict[str, Any] = {}  # ref by token
-
-        def share(record: ArrayRecord) -> int | None:
-            put = self._puts.get(id(record))
-            if put is None or not _is_as_put(record, put):
-                return None
-            beside[put.token] = put.ref
-            return list(beside).index(put.token)
-
-        questions = tuple(pack_question(one, share) for one in block.questions)
-        request = Request(number, self._run_id(), questions, tuple(beside))
-        reducer = None if block.reducer is None else self._put_reducer(block.reducer)
-        return seat.actor.answer.remote(request, reducer, *beside.values())
-
-    def _put_reducer(self, reducer: Reducer) -> Any:
-        if self._reducer is None or self._reducer[0] is not reducer:
-            self._reducer = (reducer, ray.put(reducer))
-        return self._reducer[1]
-
-    def _share(self, blocks: Sequence[Block]) -> None:
-        """Put the records that several questions have in common into Ray's store."""
-        records = [
-            record
-            for block in blocks
-            for question in block.questions
-            for record in question.message.content.array_records.values()
-        ]
-        counts = Counter(map(id, records))
-        for record in {id(one): one for one in records if counts[id(one)] > 1}.values():
-            put = self._puts.pop(id(record), None)
-            if put is None or not _is_as_put(record, put):
-                token = f"{next(self._numbers)}"
-                put = _Put(record, tuple(record.items()), token, ray.put(pack_arrays(record)))
-            self._puts[id(record)] = put
-        while len(self._puts) > PUTS_KEPT:
-            self._puts.popitem(last=False)
-
-
-def _is_as_put(record: ArrayRecord, put: _Put) -> bool:
-    now = [(key, id(array)) for key, array in record.items()]
-    return now == [(key, id(array)) for key, array in put.arrays]
+    def _requeue(self, seat: _Seat, flight: _Flight) -> None:
+        """Let others have a block that its actor skips."""
+        seat.flights.remove(flight)
+        if seat.flights:
+            seat.flights[0].since = time.monotonic()
+        self._queue(flight.block)
+        self._hand_out()
 
 
 def _refs_of(seat: _Seat) -> list[Any]:

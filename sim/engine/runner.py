@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol, cast, runtime_checkable
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
@@ -124,8 +125,8 @@ def _answer(reply: object, before: RecordDict, after: RecordDict, seconds: float
 
 def _own(message: Message, context: Context) -> tuple[Message, Context]:
     """Return copies for a client to write into: nodes share the records of a broadcast."""
-    message, context = copy.copy(message), copy.copy(context)
-    message.content = _copied(message.content)
+    message = make_message(copy.copy(message.metadata), _copied(message.content))
+    context = copy.copy(context)
     context.state, context.run_config = _copied(context.state), dict(context.run_config)
     return message, context
 

@@ -1,11 +1,20 @@
 """What a good reply is: an answer to the rule, a score in the report."""
 
+from collections.abc import Iterable
+
 from flwr.app import ArrayRecord, RecordDict
 
 from ...wire import NamedArrays, size_of
 from ..rules import Reply
 from .firewall import Firewall, Judged, clipped
-from .reply_metrics import finite_metrics, numbers_of, records_of, weight_of, with_metrics
+from .reply_metrics import (
+    diverged,
+    finite_metrics,
+    numbers_of,
+    records_of,
+    weight_of,
+    with_metrics,
+)
 from .reports import ClientScore
 from .roll_call import Node
 
@@ -41,6 +50,25 @@ def score_of(
     count = numbers.pop(weight_key)
     score = ClientScore(node.name, node.partition_id, node.role or "train", count, numbers)
     return score, with_metrics(content, metrics) if wild else content, wild
+
+
+def scores_of(
+    found: Iterable[tuple[Node, Judged]], weight_key: str
+) -> tuple[tuple[ClientScore, ...], list[RecordDict], list[tuple[str, str]]]:
+    """Return the scores in good replies, their contents, and (client, note) of what diverged.
+
+    Args:
+        found: the replies, each with its node.
+        weight_key: as for ``score_of``.
+    """
+    scores, contents, notes = [], [], []
+    for node, judged in found:
+        score, content, wild = score_of(node, judged, weight_key)
+        if wild:
+            notes.append((node.name, diverged(wild)))
+        scores.append(score)
+        contents.append(content)
+    return tuple(scores), contents, notes
 
 
 def bytes_in(content: RecordDict) -> int:

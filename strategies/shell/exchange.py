@@ -10,6 +10,7 @@ from flwr.common import log
 from ...errors import BUDGET_EXHAUSTED
 from ...wire import NamedArrays
 from .firewall import Firewall, Judged, sift
+from .partial_sums import Part
 
 Told = list[tuple[int, str]]  # (node id, reason)
 
@@ -44,11 +45,14 @@ def sort_replies(
     weight_key: str,
     timeout_s: float,
     initial: NamedArrays | None = None,
+    parts: Iterable[Part] = (),
 ) -> Exchange:
     """Return what became of ``messages``, which have their ids by now; see ``judge``.
 
-    Of several replies to one message the first counts; what nobody asked for is left out.
+    Of several replies to one message the first counts; what nobody asked for is left out. Which
+    replies are in ``parts`` is known by the messages that were sent, never by what a reply holds.
     """
+    summed = {message_id for part in parts for message_id in part.message_ids}
     recipients = {one.metadata.message_id: one.metadata.dst_node_id for one in messages}
     answers: dict[int, Message] = {}
     for reply in replies:
@@ -57,7 +61,7 @@ def sort_replies(
             log(WARNING, "a reply that was not asked for, or came twice, is left out")
         else:
             answers[node_id] = reply
-    good, bad = sift(answers.values(), sent, firewall, weight_key, initial)
+    good, bad = sift(answers.values(), sent, firewall, weight_key, initial, summed)
     nodes = {id(reply): node_id for node_id, reply in answers.items()}
     fates: dict[str, list[tuple[int, Judged]]] = {
         fate: [] for fate in ("failed", "refused", "lost", "exhausted")

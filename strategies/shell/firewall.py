@@ -5,7 +5,7 @@ Nothing here raises, whatever a reply holds.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -84,9 +84,18 @@ def sift(
     firewall: Firewall,
     weight_key: str,
     initial: NamedArrays | None = None,
+    summed: Container[str] = (),
 ) -> tuple[list[Judged], list[Judged]]:
-    """Return the good replies and the bad ones, both in their order. Arguments as ``judge``."""
-    judged = [judge(one, sent, firewall, weight_key, initial) for one in replies]
+    """Return the good replies and the bad ones, both in their order.
+
+    Arguments as ``judge``; replies to the messages ``summed`` were found good where they were made.
+    """
+    judged = [
+        Judged(one, {}, "")
+        if one.metadata.reply_to_message_id in summed
+        else judge(one, sent, firewall, weight_key, initial)
+        for one in replies
+    ]
     good = [one for one in judged if not one.reason]
     bad = [one for one in judged if one.reason]
     while sent is not None and len(good) >= 3:

@@ -1,6 +1,6 @@
 """Go on with a run that was stopped: from its newest checkpoint, through Flower's own loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from logging import ERROR, INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -9,9 +9,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ...errors import CheckpointError, ConfigError, MetabloomError
-from ...wire import NamedArrays
+from ...wire import KEPT_ROUND, RUN_TOKEN, SERVER_ROUND, NamedArrays
 from .checkpoint import Checkpoints
 from .snapshot import INSTEAD, Snapshot
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 def snapshot_to_resume(
@@ -58,6 +60,16 @@ def _check_same_model(kept: NamedArrays, initial: NamedArrays) -> None:
                 f"array {name!r} is {old} in the checkpoint and {new} in this run: resume with the "
                 f"same model, or {INSTEAD}"
             )
+
+
+def told_of_run(
+    server_round: int, token: str, checkpoints: Checkpoints | None
+) -> dict[str, int | str]:
+    """Return what clients are told: the round and, where it may be resumed, of which run it is."""
+    told: dict[str, int | str] = {SERVER_ROUND: server_round}
+    if checkpoints and (checkpoints.every or checkpoints.resume):
+        told |= {RUN_TOKEN: token, KEPT_ROUND: checkpoints.oldest()}
+    return told
 
 
 class Saver:
@@ -121,6 +133,34 @@ class Saver:
             log(ERROR, told, number, err)
         else:
             self._saved, self._overdue = number, False
+
+
+def closing(
+    evaluate_fn: EvaluateFn,
+    done: int,
+    told: MutableMapping[int, MetricRecord],
+    close_round: Callable[[], None],
+) -> EvaluateFn:
+    """Return ``evaluate_fn`` for a loop that begins after round ``done``; it closes rounds.
+
+    Args:
+        evaluate_fn: the user's.
+        done: rounds that were played before.
+        told: takes what it returns.
+        close_round: called after each round.
+    """
+
+    def evaluate(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if done and not loop_round:
+            return None  # the model that is resumed from was evaluated in its own round
+        metrics = evaluate_fn(loop_round + done, arrays)
+        if metrics is not None:
+            told[loop_round + done] = metrics
+        if loop_round:
+            close_round()
+        return metrics
+
+    return evaluate
 
 
 class ResumedRun(Strategy):

@@ -1,26 +1,33 @@
 """What is known of the round in progress."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common import log
 
 from ...errors import BUDGET_EXHAUSTED
+from .answers import bytes_in
 from .exchange import Exchange
+from .partial_sums import Part, Reduction, parts_of
+from .reply_metrics import Metric, numbers_of, privacy_in
 from .reports import ClientScore, RoundReport
 
 
 @dataclass
 class RoundInProgress:
-    """The round in progress: what will be its report, and the messages that are under way."""
+    """The round in progress: what will be its report, and the messages that are under way.
+
+    Where the grid sums replies, ``reduction`` will have the sums.
+    """
 
     number: int = 0
     started: float = field(default_factory=time.perf_counter)
     clients: tuple[str, ...] = ()
     messages: list[Message] = field(default_factory=list)
+    reduction: Reduction | None = None
     failures: list[tuple[str, str]] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     exhausted: list[str] = field(default_factory=list)
@@ -40,14 +47,28 @@ class RoundInProgress:
         for node_id, reason in exchange.refused:
             self.quarantined.append((name_of(node_id), reason))
             log(WARNING, "round %d: %s is quarantined: %s", self.number, name_of(node_id), reason)
-
         for node_id in exchange.exhausted:
             self.exhausted.append(name_of(node_id))
             log(INFO, "round %d: %s: %s", self.number, name_of(node_id), BUDGET_EXHAUSTED)
 
-    def note_spent(self, told: Iterable[tuple[str, float, float]]) -> None:
-        """Note (client, epsilon, delta) of the clients that told an epsilon."""
-        for name, epsilon, delta in told:
+    def received(self, replies: Iterable[Message]) -> tuple[list[Message], list[Part]]:
+        """Return the replies, and the sums of those that have no arrays any more."""
+        all_of_them = list(replies)  # only then the sums are complete
+        reduction, self.reduction = self.reduction, None
+        return all_of_them, parts_of(reduction)
+
+    def note_training(
+        self,
+        contents: Iterable[tuple[str, RecordDict]],
+        parts: Iterable[Part],
+        metrics: Mapping[str, Metric],
+    ) -> None:
+        """Note what came of a training: the good replies by client, their sums, their metrics."""
+        self.train_metrics = numbers_of(metrics)
+        self.bytes_up += sum(part.num_bytes for part in parts)
+        for name, content in contents:
+            self.bytes_up += bytes_in(content)
+            epsilon, delta = privacy_in(content)
             if epsilon:
                 self.spent.append((name, epsilon))
                 self.privacy_delta = max(self.privacy_delta, delta)

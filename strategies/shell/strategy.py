@@ -5,7 +5,7 @@
 under ``flwr run`` and on a SuperLink.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -15,42 +15,28 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from ...errors import ConfigError, MetabloomError
 from ...keys import Scalar
-from ...wire import (
-    KEPT_ROUND,
-    RUN_TOKEN,
-    SERVER_ROUND,
-    NamedArrays,
-    from_record,
-    size_of,
-    to_record,
-)
+from ...wire import NamedArrays, from_record, size_of, to_record
 from ..rules import Rule, State
 from ..user_level import UserLevelPrivacy
-from .answers import answer_of, bytes_in, score_of
+from .answers import scores_of
 from .checkpoint import Checkpoints
 from .exchange import sort_replies
 from .firewall import Firewall, Judged, not_finite
 from .history import History
 from .lock import held
-from .reply_metrics import (
-    DIVERGED,
-    aggregate_metrics,
-    diverged,
-    numbers_of,
-    privacy_in,
-)
+from .partial_sums import Part, PartialSums, answers_of, fingerprint, summing
+from .reply_metrics import DIVERGED, aggregate_metrics
 from .reports import ClientScore, RoundReport, RunResult
-from .resume import ResumedRun, Saver, snapshot_to_resume
+from .resume import EvaluateFn, ResumedRun, Saver, closing, snapshot_to_resume, told_of_run
 from .roll_call import Node, Roster
 from .round import RoundInProgress
 from .sampling import Sampler, poisson_sample
 from .snapshot import Snapshot
 from .user_account import SPENT, UserAccount
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class RuleStrategy(FedAvg):
@@ -75,6 +61,8 @@ class RuleStrategy(FedAvg):
         user_privacy: differential privacy of whole clients (see ``user_level``): the rule gets one
             noisy reply a round; None: off. Its noise is fresh, also where a run is resumed, so two
             runs are not the same to the bit; rounds that are played again are booked again.
+        partial_sums: let a grid that can do so average replies beside the clients (see
+            ``partial_sums``), where the rule needs no single ones; False: each reply comes here.
         fedavg: any keyword argument of Flower's FedAvg.
 
     Raises:
@@ -96,6 +84,7 @@ class RuleStrategy(FedAvg):
         checkpoints: Checkpoints | None = None,
         on_round: Callable[[RoundReport], None] | None = None,
         user_privacy: UserLevelPrivacy | None = None,
+        partial_sums: bool = True,
         **fedavg: Any,
     ) -> None:
         for name, value, least in (
@@ -120,15 +109,19 @@ class RuleStrategy(FedAvg):
         self.max_offences = max_offences
         self.checkpoints = checkpoints
         self.on_round = on_round
+        self.partial_sums = partial_sums
+        self._runs_itself = False
         self._begin(None, {}, 3600.0)
 
     @property
     def settings(self) -> dict[str, Scalar]:
         """What a checkpoint must have been written with, unless it is told otherwise.
 
-        The public attributes that are numbers or texts.
+        The public attributes that are numbers or texts, but where sums are made: as with the kind
+        of the grid, that changes how they are rounded.
         """
         own = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        del own["partial_sums"]
         told = {key: value for key, value in own.items() if isinstance(value, Scalar)}
         private = self.user_privacy.settings if self.user_privacy else {}
         return {"strategy": type(self).__name__, **told, "firewall": str(self.firewall), **private}
@@ -155,7 +148,7 @@ class RuleStrategy(FedAvg):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> RunResult:
         """Run Flower's loop up to round ``num_rounds``, then evaluate the unseen clients.
 
@@ -176,13 +169,18 @@ class RuleStrategy(FedAvg):
             done = kept.round if kept else 0
             first = to_record(kept.arrays) if kept else initial_arrays
             loop = ResumedRun(self, done).start if done else super().start
-            scored = evaluate_fn and self._recorded(evaluate_fn, done)
+            self._closes_with_evaluate_fn = evaluate_fn is not None
+            told = self._history.server_metrics
+            scored = evaluate_fn and closing(evaluate_fn, done, told, self._close_round)
             left = num_rounds - done
+            self._runs_itself = True
             try:
                 result = loop(grid, first, left, timeout, train_config, evaluate_config, scored)
             except BaseException:
                 self._saver.flush(failing=True)
                 raise
+            finally:
+                self._runs_itself = False
             self._saver.flush()
         arrays = result.arrays or first
         config = evaluate_config or ConfigRecord()
@@ -234,7 +232,27 @@ class RuleStrategy(FedAvg):
             return []
         chosen = self._sample(candidates, server_round)
         self._round.clients = tuple(node.name for node in chosen)
-        return self._messages(arrays, config, chosen, MessageType.TRAIN)
+        messages = self._messages(arrays, config, chosen, MessageType.TRAIN)
+        grid_that_sums = summing(grid)
+        if grid_that_sums and self.rule.mean_by and self._needs_no_single_replies:
+            wall, key, name = self.firewall, self.weighted_by_key, self.arrayrecord_key
+            reducer = PartialSums(wall, key, name, self.rule.mean_by, fingerprint(arrays))
+            self._round.reduction = grid_that_sums.reduced(messages, reducer)
+        return messages
+
+    @property
+    def _needs_no_single_replies(self) -> bool:
+        """Whether nobody but the rule reads the arrays of replies.
+
+        A subclass may, or a function of the user's, or a strategy in which this one is wrapped.
+        """
+        aggregate = getattr(self.aggregate_train, "__func__", None)
+        return (
+            self.partial_sums
+            and self._runs_itself
+            and aggregate is RuleStrategy.aggregate_train
+            and self.train_metrics_aggr_fn is aggregate_metricrecords
+        )
 
     def _sample(self, candidates: list[Node], server_round: int) -> list[Node]:
         trusted = self._history.trusted(candidates, self.max_offences)
@@ -255,7 +273,8 @@ class RuleStrategy(FedAvg):
             return None, None
         if self._account and not self._account.is_paid:
             return self._round.skip(SPENT)
-        found = self._good(replies, self._arrays)
+        replies, parts = self._round.received(replies)
+        found = self._good(replies, self._arrays, parts)
         good = [one for _, one in found]
         if len(good) < self.min_fit_replies and not self._account:  # which tells not who was there
             return self._round.skip_for_want(len(good), self.min_fit_replies)
@@ -263,16 +282,15 @@ class RuleStrategy(FedAvg):
         with np.errstate(over="ignore", invalid="ignore"):
             state = self.rule.init(self._arrays) if self._state is None else self._state
             sent, wall, key = self._arrays, self.firewall, self.weighted_by_key
-            answers = [answer_of(one, sent, wall, key) for one in good]
-            state, new = self.rule.update(state, self._arrays, answers)
+            answers = answers_of(good, parts, sent, wall, key)
+            state, new = self.rule.update(state, sent, answers)
         if wild := not_finite(new):
             return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
         self._state, self._arrays = state, new
         contents = [one.message.content for one in good]
-        self._round.bytes_up += sum(map(bytes_in, contents))
         metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, key)
-        self._round.train_metrics = numbers_of(metrics)
-        self._round.note_spent((node.name, *privacy_in(one.message.content)) for node, one in found)
+        names = [node.name for node, _ in found]
+        self._round.note_training(zip(names, contents, strict=True), parts, metrics)
         self._history.train_metrics[server_round] = metrics
         return to_record(new), metrics
 
@@ -307,22 +325,6 @@ class RuleStrategy(FedAvg):
             self._close_round()
         return metrics
 
-    def _recorded(self, evaluate_fn: EvaluateFn, done: int) -> EvaluateFn:
-        """Return ``evaluate_fn`` for a loop that begins after round ``done``; it closes rounds."""
-        self._closes_with_evaluate_fn = True
-
-        def evaluate(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if done and not loop_round:
-                return None  # the model that is resumed from was evaluated in its own round
-            metrics = evaluate_fn(loop_round + done, arrays)
-            if metrics is not None:
-                self._history.server_metrics[loop_round + done] = metrics
-            if loop_round:
-                self._close_round()
-            return metrics
-
-        return evaluate
-
     def _final_scores(
         self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, role: str
     ) -> list[ClientScore]:
@@ -355,9 +357,7 @@ class RuleStrategy(FedAvg):
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
     ) -> list[Message]:
-        told: dict[str, int | str] = {SERVER_ROUND: self._round.number}
-        if self.checkpoints and (self.checkpoints.every or self.checkpoints.resume):
-            told |= {RUN_TOKEN: self._history.token, KEPT_ROUND: self.checkpoints.oldest()}
+        told = told_of_run(self._round.number, self._history.token, self.checkpoints)
         sent = ConfigRecord({**config, **told})
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: sent})
         self._round.bytes_down += size_of(arrays) * len(nodes)
@@ -366,7 +366,7 @@ class RuleStrategy(FedAvg):
         return list(self._round.messages)
 
     def _good(
-        self, replies: Iterable[Message], sent: NamedArrays | None
+        self, replies: Iterable[Message], sent: NamedArrays | None, parts: Sequence[Part] = ()
     ) -> list[tuple[Node, Judged]]:
         """Return the good replies, by partition; note the others and the missing."""
         messages, self._round.messages = self._round.messages, []
@@ -377,6 +377,7 @@ class RuleStrategy(FedAvg):
             firewall=self.firewall,
             weight_key=self.weighted_by_key,
             timeout_s=self._timeout,
+            parts=parts,
         )
         self._round.note(exchange, lambda node_id: self._roster.get(node_id).name)
         for node_id in exchange.offenders:
@@ -388,11 +389,6 @@ class RuleStrategy(FedAvg):
         self, replies: Iterable[Message]
     ) -> tuple[tuple[ClientScore, ...], list[RecordDict]]:
         """Return the scores in good replies, and these replies; what diverged is left out."""
-        scores, contents = [], []
-        for node, judged in self._good(replies, None):
-            score, content, wild = score_of(node, judged, self.weighted_by_key)
-            if wild:
-                self._round.quarantined.append((node.name, diverged(wild)))
-            scores.append(score)
-            contents.append(content)
-        return tuple(scores), contents
+        scores, contents, notes = scores_of(self._good(replies, None), self.weighted_by_key)
+        self._round.quarantined += notes
+        return scores, contents

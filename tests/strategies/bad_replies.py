@@ -168,7 +168,7 @@ class TamperingGrid(CohortGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        partitions = {node_id: index for index, node_id in enumerate(self._nodes)}
+        partitions = {node_id: index for index, node_id in enumerate(self.partitions)}
         replies = list(super().send_and_receive(messages, timeout=timeout))
         replies.sort(key=lambda reply: partitions[reply.metadata.src_node_id])
         return [
@@ -191,7 +191,7 @@ class GridWithout(TamperingGrid):
     """A grid from which the bad client is missing from the beginning."""
 
     def get_node_ids(self) -> Iterable[int]:
-        return [node_id for index, node_id in enumerate(self._nodes) if index != BAD]
+        return [node_id for index, node_id in enumerate(self.partitions) if index != BAD]
 
 
 def _arrays(message: Message) -> ArrayRecord:

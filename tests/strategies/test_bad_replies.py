@@ -85,7 +85,7 @@ def test_a_guarded_strategy_of_flowers_gives_the_model_of_the_good_replies(flowe
     assert bits(result.arrays) == bits(reference.arrays)
     assert not any(report.skipped for report in result.rounds)
     if bad.said:
-        node = list(grid(Toy().app(), num_nodes=5)._nodes)[BAD]
+        node = list(grid(Toy().app(), num_nodes=5).partitions)[BAD]
         assert_named(result, f"node-{node}", bad.said)
         assert result.train_metrics_clientapp == reference.train_metrics_clientapp
 

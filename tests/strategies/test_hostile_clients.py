@@ -56,7 +56,7 @@ def test_a_node_that_cannot_take_part_and_comes_first_does_not_end_the_run():
 
         def get_node_ids(self) -> Iterable[int]:
             self.calls += 1
-            ids = list(self._nodes)
+            ids = list(self.partitions)
             return ids[:1] if self.calls == 1 else ids
 
     toy = says(0, error="no disk")()
@@ -81,7 +81,7 @@ def test_a_node_under_anothers_name_is_told_apart_and_the_other_is_not_blamed():
     grid = grid_with(with_value(np.nan), bad=[0])
     toy = says(0, client_name="c4")(roles=roles)
     result = start(strategy_of("fedavg", max_offences=1), toy, rounds=3, grid=grid)
-    ids = list(grid(Toy().app(), num_nodes=5)._nodes)
+    ids = list(grid(Toy().app(), num_nodes=5).partitions)
     ((named, _),) = result.rounds[0].quarantined
     assert named == f"c4 (node-{ids[0]})"
     assert toy.partitions("train") == [*range(5), 1, 2, 3, 4, 1, 2, 3, 4]

@@ -238,7 +238,7 @@ def test_a_node_that_was_away_for_a_round_comes_back_without_being_asked_again()
         calls = 0
 
         def get_node_ids(self) -> Iterable[int]:
-            ids = list(self._nodes)
+            ids = list(self.partitions)
             type(self).calls += 1
             return ids[:-1] if self.calls in (3, 4) else ids
 
@@ -255,7 +255,7 @@ class TrainersLeave(CohortGrid):
     asked = 0
 
     def get_node_ids(self) -> Iterable[int]:
-        ids = list(self._nodes)  # by partition
+        ids = list(self.partitions)  # by partition
         self.asked += 1
         is_away = 2 < self.asked <= 2 + self.away_for  # each round asks twice
         return [ids[1], ids[3]] if is_away else ids

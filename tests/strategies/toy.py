@@ -121,7 +121,7 @@ class GrowingGrid(CohortGrid):
     trained = 0
 
     def get_node_ids(self) -> Iterable[int]:
-        ids = list(self._nodes)  # by partition
+        ids = list(self.partitions)  # by partition
         return ids if self.trained >= self.after else ids[:-1]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
