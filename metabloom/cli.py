@@ -51,7 +51,7 @@ def simulate(
     ] = False,
     verbose: Annotated[bool, typer.Option(help="Show Flower's log.")] = False,
 ) -> None:
-    """Run a federation in this process; write results.json, model.safetensors, report.html."""
+    """Run a federation on this machine; write results.json, model.safetensors, report.html."""
     values = RunConfig.read_toml(config) if config else {}
     values |= dict(_assignment(text) for text in set_ or [])
     chosen = {"strategy": strategy, "dataset": dataset, "out": out}
@@ -116,27 +116,26 @@ def _assignment(text: str) -> tuple[str, object]:
 def _run(config: RunConfig, *, verbose: bool) -> Path:
     """Run ``config`` on a grid with a node for each client; return the folder of the results."""
     # Torch takes seconds to import: only the command that computes pays for it.
-    from .client_app import app as client
     from .server_app import run
-    from .sim import CohortGrid
-    from .task import device_of, federation_of, idle_keys, model_of, recipe_of
+    from .simulation import as_carried_out, cohort_grid
+    from .task import federation_of, idle_keys, model_of, recipe_of
 
-    recipe_of(config), model_of(config), device_of(config)  # refuse before data are read
+    config = as_carried_out(config)
+    recipe_of(config), model_of(config)  # refuse before data are read
     for key in idle_keys(config):
         console.print(f"{key} has no effect under {config.strategy}")
     federation = federation_of(config)
     if federation.dropped:
         console.print(f"{federation.dropped} clients are too small for the split and left out")
-    grid = CohortGrid(
-        client, num_nodes=len(federation), run_config=config.to_flower(), seed=config.seed
-    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
+        cohort_grid(config) as grid,
         Progress(
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
         ) as progress,
         _log_above_the_bar(logging.INFO if verbose else logging.WARNING),
     ):
+        console.print(f"workers: {grid.workers}, kernel: {config.kernel}")
         label = f"{config.strategy} on {config.dataset}"
         bar = progress.add_task(label, total=config.rounds, note="")
         metric = f"accuracy-after-{config.adaptation_steps[-1]}"

@@ -1,23 +1,29 @@
 """The Flower ServerApp: runs the configured strategy and writes the results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
 
 from .config import RunConfig
 from .errors import MetabloomError
+from .execution import idle_under_flower, kernel_under_flower
 from .files import check_writable
+from .sim.beside_flower import await_ray_of
 from .sim.results import results_of, write_results
+from .simulation import as_carried_out, cohort_grid
 from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
 from .task import idle_keys, model_of, recipe_of
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
 USER_LEDGER = "user-level.jsonl"  # file in that folder
+IDENTITY = ("task_id", "run_id", "node_id")  # what Flower knows of the process's task
 
 app = ServerApp()
 
@@ -28,7 +34,14 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.read(context.run_config)
     for key in idle_keys(config):
         log(WARNING, "%s has no effect under %s", key, config.strategy)
-    log(INFO, "results: %s", run(grid, config).resolve())
+    if config.engine == "cohort":
+        folder = _run_on_cohort_engine(grid, config)
+    else:
+        for key in idle_under_flower(config):
+            log(WARNING, "%s has no effect under Flower's own engine: set engine = 'cohort'", key)
+        log(INFO, "engine: flower, kernel: %s", kernel_under_flower(config))
+        folder = run(grid, config)
+    log(INFO, "results: %s", folder.resolve())
 
 
 def run(
@@ -85,6 +98,27 @@ def run(
             f"no round had enough good replies, the model is the initial one; {client}: {reason}"
         )
     return out
+
+
+def _run_on_cohort_engine(idle: Grid, config: RunConfig) -> Path:
+    """Run ``config`` as the command line does; the nodes of Flower's grid stay ``idle``."""
+    config = as_carried_out(config)
+    if config.workers != "0":
+        await_ray_of(idle)
+    with _identity_kept(), cohort_grid(config) as grid:
+        log(INFO, "engine: cohort, workers: %d, kernel: %s", grid.workers, config.kernel)
+        return run(grid, config)
+
+
+@contextmanager
+def _identity_kept() -> Iterator[None]:
+    """Give the process back the identity of Flower's task, which another grid replaces."""
+    before = {name: getattr(TaskIdentity, f"_{name}") for name in IDENTITY}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
 
 
 def user_privacy_of(config: RunConfig) -> UserLevelPrivacy | None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import RunConfig
 from .errors import ConfigError
+from .execution import Device
 from .keys import Scalar, key_of, parse_options
 from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
@@ -115,7 +116,7 @@ def model_of(config: RunConfig) -> nn.Module:
     return model
 
 
-def device_of(config: RunConfig) -> str:
+def device_of(config: RunConfig) -> Device:
     """Return "cuda" or "cpu"; raise ConfigError where cuda is wanted and there is none."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:

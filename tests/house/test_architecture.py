@@ -18,7 +18,7 @@ LIBRARY = ("metabloom", "models", "clients", "strategies", "sim")
 WRITTEN_BY_HAND = (*LIBRARY, "tests", "benchmarks", "examples")
 ROOMS = LIBRARY[1:]
 APPS = ("server_app", "client_app", "cli", "cli_privacy")
-ON_TOP = ("task", "pins", *APPS)  # the rest of metabloom/ are leaves
+ON_TOP = ("task", "pins", "simulation", *APPS)  # the rest of metabloom/ are leaves
 
 # importer -> what it may import. A dotted entry allows those names alone, not the whole room.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,12 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "sim": {"leaves", "models", "clients", "strategies"},
     "task": {"leaves", "models", "clients", "strategies", "sim"},
-    "server_app": {"leaves", "models", "clients", "strategies", "sim", "task"},
+    "simulation": {"leaves", "sim", "task", "client_app"},
+    "server_app": {"leaves", "models", "clients", "strategies", "sim", "task", "simulation"},
     "pins": {"leaves", "clients"},
     "client_app": {"leaves", "models", "clients", "strategies", "sim", "task", "pins"},
     "cli": {
         *("leaves", "models", "clients", "strategies", "sim", "task"),
-        *("server_app", "client_app", "cli_privacy"),
+        *("simulation", "server_app", "cli_privacy"),
     },
     "cli_privacy": {"leaves", "models", "clients", "strategies", "sim", "task"},
 }
