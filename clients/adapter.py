@@ -1,6 +1,7 @@
 """Serve one NumPyClient to Message-API strategies, legacy servers and the roll call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,12 @@ from ..wire import (
     from_record,
     to_record,
 )
+from .cohort import run_cohort
 from .evaluation import LOSS
+from .learner import Learner
+from .local_update import LocalResult
+from .objective import Params
+from .training import LocalTraining
 
 ClientFn = Callable[[Context], NumPyClient]
 Properties = Callable[[Context], dict[str, str | int | float | bool]]
@@ -36,12 +42,18 @@ def client_app(
 ) -> ClientApp:
     """Return a Flower ClientApp whose clients serve Message-API strategies and legacy ones alike.
 
+    Without mods it also answers many messages at once, see ``CohortApp``.
+
     Args:
         client_fn: ``client_fn(context) -> NumPyClient``, called for each message.
         mods: Flower mods around the client, the first one outermost.
         properties: what a node says of itself at the roll call, without building its client; None
             asks ``client.get_properties``.
     """
+    built: dict[int, NumPyClient] = {}  # of questions that go by themselves after all, by context
+
+    def client_of(context: Context) -> NumPyClient:
+        return built.pop(id(context), None) or client_fn(context)
 
     def legacy_client(context: Context) -> Client:
         return client_fn(context).to_client()
@@ -55,9 +67,109 @@ def client_app(
         if _is_legacy(message.content):
             return call_next(_with_round(message), context)
         content = _train if kind == "train" else _evaluate
-        return Message(content(client_fn(context), message.content), reply_to=message)
+        return Message(content(client_of(context), message.content), reply_to=message)
 
-    return ClientApp(client_fn=legacy_client, mods=[*mods, bridge])
+    if mods:  # each is to see each message by itself
+        return ClientApp(client_fn=legacy_client, mods=[*mods, bridge])
+    return CohortApp(legacy_client, bridge, client_fn, built)
+
+
+class CohortApp(ClientApp):
+    """A ClientApp that can answer many messages at once.
+
+    Args:
+        legacy_client: of the ClientApp.
+        bridge: its mod, which converts messages.
+        client_fn: see ``client_app``.
+        built: where ``bridge`` finds the client of a context, by its id, that was built before.
+    """
+
+    def __init__(
+        self,
+        legacy_client: Callable[[Context], Client],
+        bridge: Mod,
+        client_fn: ClientFn,
+        built: dict[int, NumPyClient],
+    ) -> None:
+        super().__init__(client_fn=legacy_client, mods=[bridge])
+        self._client_fn = client_fn
+        self._built = built
+
+    def answer_all(
+        self, questions: Iterator[tuple[Message, Context]]
+    ) -> Iterator[tuple[int, Message | Exception]]:
+        """Yield (position, reply, or what the client raised) for each question, in any order.
+
+        Train messages to our own clients with ``kernel = "vmap"`` are computed at once, after all
+        questions were taken; each other question is answered before the next one is taken.
+        """
+        waiting: dict[int, _Asked] = {}
+        received: dict[Any, tuple[Params, Any]] = {}
+        for position, (message, context) in enumerate(questions):
+            try:
+                asked = self._for_cohort(message, context, received)
+                if asked is None:
+                    yield position, self(message, context)
+                else:
+                    waiting[position] = asked
+            except Exception as err:  # a client may raise anything: the others go on
+                yield position, err
+            finally:
+                self._built.clear()
+        outcomes = run_cohort([asked.training for asked in waiting.values()])
+        for (position, asked), outcome in zip(waiting.items(), outcomes, strict=True):
+            try:
+                yield position, asked.reply(outcome)
+            except Exception as err:  # as above
+                yield position, err
+
+    def _for_cohort(
+        self, message: Message, context: Context, received: dict[Any, tuple[Params, Any]]
+    ) -> "_Asked | None":
+        """Return a question that may be answered together with others; None for any other.
+
+        Args:
+            message: the question.
+            context: of its node.
+            received: parameters that were read before, to read the arrays of a broadcast once.
+        """
+        if message.metadata.message_type != "train" or _is_legacy(message.content):
+            return None
+        client = self._client_fn(context)
+        if not (isinstance(client, Learner) and client.is_for_cohorts):
+            self._built[id(context)] = client
+            return None
+        names, parameters = _received(client, message.content)
+        (record,) = message.content.array_records.values()
+        arrays = tuple(record.values())  # copies of a record share them
+        key = (client.model, client.device, *map(id, arrays))
+        if key not in received:
+            model = client.model
+            params = client.load(parameters)
+            if client.model is not model:  # it holds more than parameters, which is its own now
+                training = client.training(params, _config(message.content))
+                return _Asked(message, client, training, names, parameters)
+            received[key] = params, arrays  # which keeps the ids taken
+        training = client.training(received[key][0], _config(message.content))
+        return _Asked(message, client, training, names, parameters)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A train message to a client of ours, and what it asks for."""
+
+    message: Message
+    client: Learner
+    training: LocalTraining
+    names: tuple[str, ...]
+    parameters: list[np.ndarray]
+
+    def reply(self, outcome: LocalResult | Exception) -> Message:
+        """Return the reply from what the training came to; raise what it raised."""
+        if isinstance(outcome, Exception):
+            raise outcome
+        trained = self.client.answered(outcome, self.parameters, _config(self.message.content))
+        return Message(_trained(self.client, self.names, *trained), reply_to=self.message)
 
 
 def _is_legacy(content: RecordDict) -> bool:
@@ -95,7 +207,16 @@ def _answer_roll_call(
 
 def _train(client: NumPyClient, content: RecordDict) -> RecordDict:
     names, parameters = _received(client, content)
-    trained, num_examples, metrics = client.fit(parameters, _config(content))
+    return _trained(client, names, *client.fit(parameters, _config(content)))
+
+
+def _trained(
+    client: NumPyClient,
+    names: tuple[str, ...],
+    trained: list[np.ndarray],
+    num_examples: int,
+    metrics: dict[str, bool | bytes | float | int | str],
+) -> RecordDict:
     if len(trained) != len(names):
         raise WireError(
             f"{type(client).__name__}.fit returned {len(trained)} arrays for {len(names)} "

@@ -1,12 +1,15 @@
 """Batches of one client: minibatches of epochs, independent draws, fresh support/query splits."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError
 from .data import Batch, ClientData
+
+Padded = tuple[Tensor, Tensor, Tensor]  # inputs (B, ...), targets (B, ...), mask (B,) bool
 
 
 def minibatches(
@@ -53,6 +56,29 @@ def resplit(data: ClientData, *, generator: torch.Generator) -> ClientData:
     in_support = rank < wanted[targets[order]]
     records = (inputs[order], targets[order])
     return ClientData(support=_take(records, in_support), query=_take(records, ~in_support))
+
+
+def pad(batch: Batch, size: int) -> Padded:
+    """Return ``batch`` with copies of its first record up to ``size``, and which are real.
+
+    >>> pad((torch.tensor([[2.0], [3.0]]), torch.tensor([0, 1])), 3)[2]
+    tensor([ True,  True, False])
+    """
+    index = torch.arange(size, device=batch[1].device)
+    mask = index < len(batch[1])
+    return (*_take(batch, torch.where(mask, index, 0)), mask)
+
+
+def parts(item: Any) -> tuple[Batch, ...]:
+    """Return the batches of one step: of a batch itself, or of a NamedTuple of batches."""
+    if isinstance(item[0], Tensor):
+        return (item,)
+    return tuple(part for part in item if part is not None)
+
+
+def joined(kind: type, batches: tuple[Any, ...]) -> Any:
+    """Return the item of ``kind`` that has these parts; the inverse of ``parts``."""
+    return batches[0] if kind is tuple else kind(*batches)
 
 
 def _rank_within_class(targets: Tensor) -> Tensor:

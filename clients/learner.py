@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from ..streams import torch_seeded, torch_stream
 from ..wire import PARTITION_ID, SERVER_ROUND
 from .data import ClientData
 from .evaluation import LOSS, LOSS_BEFORE, Advance, adaptation_curve, loss_after
+from .kernel import Kernel, check_kernel
+from .local_update import LocalResult
 from .meta_gradient import Predicate, adapt, check_inner_loop
 from .objective import LossFn, Params
 from .privacy.config import PrivacyConfig
 from .privacy.round import PrivateRounds, Training, errors_kept
 from .store import ClientStore
+from .training import LocalTraining, Rule, run_alone
 
 NDArrays = list[np.ndarray]
 Scalar = bool | bytes | float | int | str
@@ -49,6 +53,11 @@ class Learner(NumPyClient):
         privacy: parameters of private training; None: training is not private. A private client
             trains on privatised sums over all its records, sends what its ``PrivacyConfig`` allows,
             and raises ``BudgetExhaustedError`` in training once its budget is spent.
+        kernel: how training is computed: "eager"; "compiled", which takes seconds to begin with;
+            or "vmap", whole cohorts at once, where clients are asked together (``answer_all`` of
+            ``client_app``). What cannot take a kernel (layers that draw random numbers, buffers,
+            frozen parameters) runs eagerly; private training has kernels of its own (``Releases``).
+            Results are the same up to rounding.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -71,8 +80,10 @@ class Learner(NumPyClient):
         context: Context | None = None,
         store: ClientStore | None = None,
         privacy: PrivacyConfig | None = None,
+        kernel: Kernel = "eager",
     ) -> None:
         check_layers(model)
+        check_kernel(kernel)
         check_inner_loop(inner_lr, 1, dict(model.named_parameters()), adapt)
         counts = all(isinstance(n, int) and n >= 1 for n in eval_steps)
         if not counts or list(eval_steps) != sorted(set(eval_steps)):
@@ -94,6 +105,7 @@ class Learner(NumPyClient):
         self.device = device
         self.context = context
         self.store = store
+        self.kernel = kernel
         self.private = (
             None
             if privacy is None
@@ -104,6 +116,7 @@ class Learner(NumPyClient):
                 name=self.name,
                 device=device,
                 context=context,
+                kernel=kernel,
             )
         )
         self.array_names = tuple(model.state_dict())
@@ -111,13 +124,23 @@ class Learner(NumPyClient):
         self._placed = self.device == "cpu"
 
     @property
-    def data(self) -> ClientData:
-        """The client's support and query sets, on the client's device."""
+    def records(self) -> ClientData:
+        """The client's support and query sets, wherever they are."""
         if not isinstance(self._data, ClientData):
             self._data = self._data()
-        if not self._placed:
-            self._data, self._placed = self._data.to(self.device), True
         return self._data
+
+    @property
+    def data(self) -> ClientData:
+        """The client's support and query sets, on the client's device."""
+        if not self._placed:
+            self._data, self._placed = self.records.to(self.device), True
+        return self.records
+
+    @property
+    def is_for_cohorts(self) -> bool:
+        """Whether its training may be computed together with that of other clients."""
+        return self.kernel == "vmap" and self.private is None and type(self).fit is Learner.fit
 
     def get_properties(self, config: Config) -> Config:
         """Return what this client is: its class and its model's architecture."""
@@ -128,6 +151,54 @@ class Learner(NumPyClient):
         """Return the arrays of the model as it was given."""
         del config
         return [value.detach().cpu().numpy() for value in self.model.state_dict().values()]
+
+    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
+        """Return (trained model, number of the client's records, mean loss of the steps)."""
+        if self.private is not None:
+            return self.train_privately(self.private, parameters, config)
+        training = self.training(self.load(parameters), config)
+        result = run_alone(training, self.data, self.kernel)
+        return self.answered(result, parameters, config)
+
+    def training(self, params: Params, config: Config) -> LocalTraining:
+        """Return the local training of the round that ``config`` names, from ``params``."""
+        raise NotImplementedError(f"{type(self).__name__} does not train")
+
+    def answered(
+        self, result: LocalResult, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        """Return the reply to a train message, from what its training came to."""
+        del config
+        return self.dump(result.params, parameters), self.records.num_examples, {**result.metrics}
+
+    def train_privately(
+        self, private: PrivateRounds, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        """Return the reply of a private client to a train message."""
+        raise NotImplementedError(f"{type(self).__name__} does not train privately")
+
+    def as_training(
+        self,
+        rule: Rule,
+        params: Params,
+        config: Config,
+        *,
+        batches: Callable[[ClientData], Iterator[Any]],
+        steps: Callable[[ClientData], int],
+    ) -> LocalTraining:
+        """Return a training on this client's records; its other parts are seen from the client."""
+        trained = sum(1 for _ in self.model.parameters()) == len(params)
+        held = any(True for _ in self.model.buffers())
+        is_plain = trained and not held and not draws_random_numbers(self.model)
+        return LocalTraining(
+            rule,
+            params,
+            records=lambda: self.records,
+            batches=batches,
+            steps=steps,
+            seeded=lambda: self.seeded(config),
+            is_plain=is_plain,
+        )
 
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
         """Return (query loss after the most steps, number of query records, adaptation curve).

@@ -14,9 +14,8 @@ takes the mean of the models.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from logging import WARNING
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from flwr.common import log
@@ -29,7 +28,7 @@ from ..wire import SERVER_ROUND
 from .batches import draw, resplit
 from .data import Batch, ClientData
 from .learner import Config, Learner, NDArrays, draws_random_numbers
-from .local_update import LocalResult, LocalUpdate, mean_of, run_update
+from .local_update import LocalResult, LocalUpdate, mean_of
 from .meta_gradient import (
     InnerLR,
     Order,
@@ -48,12 +47,12 @@ from .privacy.updates import (
     meta_events,
     private_maml_update,
 )
+from .training import LocalTraining, Rule
 
 QUERY_LOSS = "query-loss"
 
 
-@dataclass(frozen=True)
-class MetaBatch:
+class MetaBatch(NamedTuple):
     """The batches of one meta-step.
 
     Attributes:
@@ -67,8 +66,7 @@ class MetaBatch:
     curvature: Batch | None = None
 
 
-@dataclass(frozen=True)
-class MetaState:
+class MetaState(NamedTuple):
     """Parameters so far, and the query loss of each meta-step."""
 
     params: Params
@@ -104,7 +102,7 @@ def maml_update(
             curvature=batch.curvature,
         )
         moved = {name: w - outer_lr * found.grads[name] for name, w in state.params.items()}
-        return replace(state, params=moved, losses=(*state.losses, found.query_loss))
+        return MetaState(moved, (*state.losses, found.query_loss))
 
     def finish(state: MetaState) -> LocalResult:
         return LocalResult(state.params, {QUERY_LOSS: mean_of(state.losses)})
@@ -173,27 +171,27 @@ class MAMLClient(Learner):
         self.inner_steps = inner_steps
         self.order: Order = order
 
-    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        """Return (model after ``local_steps`` meta-steps, number of records, mean query loss)."""
-        if self.private is not None:
-            return self._fit_privately(self.private, parameters, config)
-        params = self.load(parameters)
-        update = maml_update(  # here, not before: the model holds the buffers just received
-            self.model,
-            self.loss_fn,
-            inner_lr=self.inner_lr,
-            outer_lr=self.outer_lr,
-            inner_steps=self.inner_steps,
-            order=self.order,
-            adapt=self.adapted,
+    def training(self, params: Params, config: Config) -> LocalTraining:
+        """Return the meta-steps of the round that ``config`` names, from ``params``."""
+        options = (
+            ("inner_lr", self.inner_lr),
+            ("outer_lr", self.outer_lr),
+            ("inner_steps", self.inner_steps),
+            ("order", self.order),
+            ("adapt", self.adapted),
         )
-        with self.seeded(config):
-            result = run_update(update, params, self._batches(self.stream("maml", config)))
-        return self.dump(result.params, parameters), self.data.num_examples, dict(result.metrics)
+        return self.as_training(
+            Rule(maml_update, self.model, self.loss_fn, options),
+            params,
+            config,
+            batches=lambda data: self._batches(data, self.stream("maml", config)),
+            steps=lambda data: self.local_steps,
+        )
 
-    def _fit_privately(
+    def train_privately(
         self, private: PrivateRounds, parameters: NDArrays, config: Config
     ) -> tuple[NDArrays, int, Config]:
+        """Return the privatised model, and epsilon."""
         order = cast(PrivateOrder, self.order)
         begins = config.get(SERVER_ROUND, 0) in (0, 1)
         if order == "exact" and begins and isinstance(self.inner_lr, int | float):
@@ -236,9 +234,9 @@ class MAMLClient(Learner):
                 NOISY,
             )
 
-    def _batches(self, generator: torch.Generator) -> Iterator[MetaBatch]:
+    def _batches(self, data: ClientData, generator: torch.Generator) -> Iterator[MetaBatch]:
         for _ in range(self.local_steps):
-            yield _SPLITS[self.split](self.data, self.batch_size, generator)
+            yield _SPLITS[self.split](data, self.batch_size, generator)
 
 
 def _usual(is_private: bool) -> Order:
@@ -260,7 +258,8 @@ def _fresh(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch
 def _independent(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:
     records = data.all
     inner, query, curvature = (draw(records, size=size, generator=generator) for _ in range(3))
-    return MetaBatch(support=inner, query=query, curvature=curvature)
+    # Where all records are each batch, the Hessian is that of the support batch: None says so.
+    return MetaBatch(inner, query, None if curvature is inner else curvature)
 
 
 _SPLITS = {"fixed": _fixed, "fresh": _fresh, "independent": _independent}

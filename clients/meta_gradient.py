@@ -28,12 +28,20 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .data import Batch
-from .objective import LossFn, Objective, Params, detached, objective
+from .objective import (
+    LossFn,
+    Objective,
+    Params,
+    Pullback,
+    detached,
+    grad_and_value,
+    gradient_and_pullback,
+    objective,
+)
 
 Order = Literal["exact", "first", "hf"]
 InnerLR = float | Mapping[str, Tensor]
 Predicate = Callable[[str], bool]
-Pullback = Callable[[Params], Params]
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def meta_gradient(
         tape.append((gradient, hessian_product))
         theta = _descend(theta, gradient, inner_lr)
 
-    v, query_loss = torch.func.grad_and_value(loss)(theta, query)
+    v, query_loss = grad_and_value(lambda point: loss(point, query), theta)
     lr_grads = {name: torch.zeros_like(theta[name]) for name in names}
     for gradient, hessian_product in reversed(tape):
         lr_grads = {name: lr_grads[name] - gradient[name] * v[name] for name in names}
@@ -191,9 +199,8 @@ def _partial_gradient(
     loss: Objective, theta: Params, names: tuple[str, ...], batch: Batch
 ) -> Params:
     """Return the gradient with respect to ``names`` alone, the other parameters held."""
-    gradient = torch.func.grad(lambda part: loss({**theta, **part}, batch))
-    found: Params = gradient({name: theta[name] for name in names})
-    return found
+    part = {name: theta[name] for name in names}
+    return grad_and_value(lambda own: loss({**theta, **own}, batch), part)[0]
 
 
 def _linearise(
@@ -207,12 +214,10 @@ def _linearise(
 ) -> tuple[Params, Pullback]:
     """Return the inner gradient at ``theta`` and the map u -> H[:, adapted] u at ``theta``."""
     if order == "exact":
-        gradient, pullback = torch.func.vjp(  # type: ignore[misc]  # two values without has_aux
-            lambda point: _partial_gradient(loss, point, names, curved), theta
-        )
-        if curved is not support:
+        gradient, product = gradient_and_pullback(lambda p: loss(p, curved), theta, names)
+        if not all(one is other for one, other in zip(curved, support, strict=True)):
             gradient = _partial_gradient(loss, theta, names, support)
-        return gradient, lambda direction: pullback(direction)[0]
+        return gradient, product
     gradient = _partial_gradient(loss, theta, names, support)
     return gradient, lambda direction: _central_difference(loss, theta, direction, curved, delta)
 
@@ -222,14 +227,18 @@ def _central_difference(
 ) -> Params:
     """Return [grad L(theta + h u) - grad L(theta - h u)] / 2h, which is H u up to O(h^2)."""
     size = torch.stack([value.norm() for value in direction.values()]).norm()
-    if size == 0:
-        return {name: torch.zeros_like(value) for name, value in theta.items()}
+    is_zero = size == 0  # no branch on it: under vmap it has a value for each client
+    step: Tensor | float
     if delta is None:
         scale = torch.stack([value.norm() for value in theta.values()]).norm()
-        step = (torch.finfo(size.dtype).eps ** (1 / 3) * (1 + scale) / size).item()
+        chosen = torch.finfo(size.dtype).eps ** (1 / 3) * (1 + scale) / size
+        step = torch.where(is_zero, 1.0, chosen)
     else:
         step = delta
-    gradient = torch.func.grad(loss)
-    ahead = gradient({**theta, **{n: theta[n] + step * u for n, u in direction.items()}}, batch)
-    behind = gradient({**theta, **{n: theta[n] - step * u for n, u in direction.items()}}, batch)
-    return {name: (ahead[name] - behind[name]) / (2 * step) for name in theta}
+    forth = {**theta, **{n: theta[n] + step * u for n, u in direction.items()}}
+    back = {**theta, **{n: theta[n] - step * u for n, u in direction.items()}}
+    ahead, behind = (
+        grad_and_value(lambda point: loss(point, batch), point)[0] for point in (forth, back)
+    )
+    found = {name: (ahead[name] - behind[name]) / (2 * step) for name in theta}
+    return {name: torch.where(is_zero, 0.0, value) for name, value in found.items()}

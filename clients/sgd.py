@@ -12,11 +12,9 @@ and stays on the client. mu = 0 is plain SGD.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from logging import ERROR
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from flwr.common import log
 from torch import Tensor, nn
 
@@ -28,19 +26,19 @@ from .evaluation import Advance
 from .learner import Config, Learner, NDArrays
 from .local_update import LocalResult, LocalUpdate, mean_of, run_update
 from .meta_gradient import Predicate
-from .objective import LossFn, Params, detached, objective
+from .objective import LossFn, Params, detached, grad_and_value, objective
 from .personal import PersonalModel
 from .privacy.config import PrivacyConfig
 from .privacy.releases import Releases
 from .privacy.round import PrivateRounds, Training
 from .privacy.updates import private_sgd_update
+from .training import LocalTraining, Rule
 
 TRAIN_LOSS = "train-loss"
 PROXIMAL_MU_KEYS = ("proximal-mu", "proximal_mu")  # of Flower's FedProx, new and legacy
 
 
-@dataclass(frozen=True)
-class SGDState:
+class SGDState(NamedTuple):
     """Parameters so far, the parameters that they are pulled to, and the loss of each step."""
 
     params: Params
@@ -71,23 +69,19 @@ def sgd_update(
     loss = objective(model, loss_fn)
 
     def begin(params: Params) -> SGDState:
-        start = detached(params)
-        return SGDState(start, start if anchor is None else detached(anchor))
+        return SGDState(detached(params), detached(params if anchor is None else anchor))
 
     def step(state: SGDState, batch: Batch) -> SGDState:
         moving = {n: w for n, w in state.params.items() if train is None or train(n)}
-        gradient, value = torch.func.grad_and_value(
-            lambda part: loss({**state.params, **part}, batch)
-        )(moving)
+        gradient, value = grad_and_value(lambda part: loss({**state.params, **part}, batch), moving)
         if proximal_mu:
             gradient = {
                 n: g + proximal_mu * (state.params[n] - state.anchor[n])
                 for n, g in gradient.items()
             }
         moved = {n: state.params[n] - lr * g for n, g in gradient.items()}
-        return replace(
-            state, params={**state.params, **moved}, losses=(*state.losses, value.detach())
-        )
+        losses = (*state.losses, value.detach())
+        return SGDState({**state.params, **moved}, state.anchor, losses)
 
     def finish(state: SGDState) -> LocalResult:
         return LocalResult(state.params, {TRAIN_LOSS: mean_of(state.losses)})
@@ -147,33 +141,31 @@ class SGDClient(Learner):
             else PersonalModel(self.context, client=self.name, store=self.store)
         )
 
-    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        """Train from the received model; with Ditto, train the personal model too.
+    def training(self, params: Params, config: Config) -> LocalTraining:
+        """Return the epochs of SGD of the round that ``config`` names, from ``params``."""
+        options = (("lr", self.local_lr), ("proximal_mu", self._proximal_mu(config)))
+        return self.as_training(
+            Rule(sgd_update, self.model, self.loss_fn, options),
+            params,
+            config,
+            batches=lambda data: self._batches(data, "sgd", config),
+            steps=lambda data: self.local_epochs * self._batches_of_an_epoch(data.num_examples),
+        )
 
-        Returns:
-            The trained model, the number of the client's records, and the mean loss of the steps.
-        """
-        try:
-            trained = self._train(parameters, config)
-        except BudgetExhaustedError:  # nothing is released any more; the device goes on for itself
-            self._personalise(parameters, config)
-            raise
-        self._personalise(parameters, config)  # last: a round that fails leaves nothing behind
-        return trained
-
-    def _train(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
-        mu = self._proximal_mu(config)
-        if self.private is not None:
-            return self._train_privately(self.private, mu, parameters, config)
-        received = self.load(parameters)
-        update = sgd_update(self.model, self.loss_fn, lr=self.local_lr, proximal_mu=mu)
-        with self.seeded(config):
-            result = run_update(update, received, self._batches("sgd", config))
-        return self.dump(result.params, parameters), self.data.num_examples, {**result.metrics}
-
-    def _train_privately(
-        self, private: PrivateRounds, mu: float, parameters: NDArrays, config: Config
+    def answered(
+        self, result: LocalResult, parameters: NDArrays, config: Config
     ) -> tuple[NDArrays, int, Config]:
+        """Return the reply; with Ditto, train the personal model too, which is not in it."""
+        reply = super().answered(result, parameters, config)
+        self._personalise(parameters, config)  # last: a round that fails leaves nothing behind
+        return reply
+
+    def train_privately(
+        self, private: PrivateRounds, parameters: NDArrays, config: Config
+    ) -> tuple[NDArrays, int, Config]:
+        """Return the privatised model, and epsilon; with Ditto, train the personal model too."""
+        mu = self._proximal_mu(config)
+
         def events(privacy: PrivacyConfig) -> list[Event]:
             return [Event(privacy.noise_multiplier, privacy.sample_rate, self.local_steps)]
 
@@ -181,7 +173,13 @@ class SGDClient(Learner):
             return private_sgd_update(releases, privacy, lr=self.local_lr, proximal_mu=mu)
 
         training = Training("dp-sgd", events, update, self.local_steps)
-        return self.fit_privately(private, training, parameters, config)
+        try:
+            reply = self.fit_privately(private, training, parameters, config)
+        except BudgetExhaustedError:  # nothing is released any more; the device goes on for itself
+            self._personalise(parameters, config)
+            raise
+        self._personalise(parameters, config)
+        return reply
 
     def _personalise(self, parameters: NDArrays, config: Config) -> None:
         """Train the personal model, where there is one; it stays on the client."""
@@ -193,7 +191,7 @@ class SGDClient(Learner):
                 own = run_update(
                     self._pulled_to(received, self.local_lr),
                     self.personal.before(config, self.device) or received,
-                    self._batches("ditto", config),
+                    self._batches(self.data, "ditto", config),
                 )
             self.personal.keep(config, own.params)
         except Exception as err:
@@ -237,9 +235,12 @@ class SGDClient(Learner):
             train=train,
         )
 
-    def _batches(self, purpose: str, config: Config) -> Iterator[Batch]:
+    def _batches_of_an_epoch(self, records: int) -> int:
+        return math.ceil(records / self.batch_size) if self.batch_size else 1
+
+    def _batches(self, data: ClientData, purpose: str, config: Config) -> Iterator[Batch]:
         return minibatches(
-            self.data.all,
+            data.all,
             batch_size=self.batch_size,
             epochs=self.local_epochs,
             generator=self.stream(purpose, config),

@@ -1,17 +1,22 @@
 """The Flower ClientApp: one client of the configured federation for each node."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from flwr.app import Context
+from torch import nn
 
 from .clients import CLIENTS, ClientStore, Learner, client_app
+from .clients.kernel import Kernel
 from .clients.privacy.round import DEPENDENT, errors_kept
 from .config import RunConfig
 from .errors import ConfigError, MissingDataError
 from .pins import KEYS, ROOT, privacy_of
 from .sim import Federation
+from .strategies import Recipe
 from .task import device_of, federation_of, model_of, recipe_of
 from .wire import CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
@@ -21,25 +26,50 @@ STATE_FOLDER = "clients"  # in that of the results
 SURPLUS = "surplus"  # the role of a node for which the federation has no client
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What all clients of a run have in common."""
+
+    config: RunConfig
+    recipe: Recipe
+    model: nn.Module
+    device: str
+    kernel: Kernel
+
+
+def _items(context: Context) -> tuple[tuple[str, type, object], ...]:
+    """Return the run config as a key; with types, for 1 == True."""
+    return tuple((key, type(value), value) for key, value in context.run_config.items())
+
+
+@lru_cache(maxsize=4)
+def _task(run_config: tuple[tuple[str, type, object], ...]) -> _Task:
+    """Return the task of a run config, built once a process."""
+    config = RunConfig.read({key: value for key, _, value in run_config})
+    recipe = recipe_of(config)
+    return _Task(config, recipe, model_of(config), device_of(config), kernel_of(config))
+
+
 def client_fn(context: Context) -> Learner:
     """Return the client of this node's partition."""
     # One thread a node: nodes share the machine, and sums then have the same bits everywhere.
     torch.set_num_threads(1)
-    config = RunConfig.read(context.run_config)
-    recipe = recipe_of(config)
+    task = _task(_items(context))
+    config, recipe = task.config, task.recipe
     with _guarded(context, config):
         federation, index = _place(context, config)
     return CLIENTS[recipe.client](
-        model_of(config),
+        task.model,
         lambda: federation.client(index),
         inner_lr=config.inner_lr,
         eval_steps=config.adaptation_steps,
         seed=config.seed,
         name=federation.client_ids[index],
-        device=device_of(config),
+        device=task.device,
         context=context,
         store=store_of(context, config),
         privacy=privacy_of(context.node_config, config, federation.client_ids[index]),
+        kernel=task.kernel,
         **recipe.client_options,
     )
 
@@ -50,8 +80,7 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
     What cannot work (an unknown name, a missing file, no GPU, a pin that the run would break) is
     raised here, before any round.
     """
-    config = RunConfig.read(context.run_config)
-    recipe_of(config), model_of(config), device_of(config)
+    config = _task(_items(context)).config
     with _guarded(context, config):
         federation, index = _place(context, config)
     if index >= len(federation):
@@ -64,6 +93,13 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
         CLIENT_NAME: federation.client_ids[index],
         DROPPED: federation.dropped,
     }
+
+
+def kernel_of(config: RunConfig) -> Kernel:
+    """Return how this node's client computes; "auto" was decided before the run on most engines."""
+    if config.kernel == "auto":
+        return "vmap" if device_of(config) == "cuda" else "eager"
+    return config.kernel
 
 
 def store_of(context: Context, config: RunConfig) -> ClientStore | None:
@@ -93,8 +129,13 @@ def _place(context: Context, config: RunConfig) -> tuple[Federation, int]:
             f"{nodes} nodes are too few: one client each is needed to train, to validate and to "
             'stay unseen; with flwr run, --federation-config "num-supernodes=60" starts more'
         )
+    return _federation(config, nodes), index
+
+
+@lru_cache(maxsize=1)
+def _federation(config: RunConfig, nodes: int) -> Federation:
     federation = federation_of(config)
-    return (federation_of(config, nodes) if nodes < len(federation) else federation), index
+    return federation_of(config, nodes) if nodes < len(federation) else federation
 
 
 app = client_app(client_fn, properties=properties)

@@ -9,6 +9,7 @@ Hessian-vector product. Papers: DP-SGD 1607.00133; the engine is Opacus 2109.122
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from logging import getLogger
 from typing import Any
 
@@ -19,21 +20,36 @@ from ...errors import ModelError, PrivacyError
 from ...ledger import Charge
 from ...opacus_import import import_opacus
 from ...streams import torch_drawing_from, torch_seeded
+from ..batches import Padded
 from ..data import Batch
-from ..objective import LossFn, Params, objective
+from ..kernel import Kernel
+from ..objective import LossFn, Params
+from .identity import Kept, kind_key, values_of
 from .noise import Sources
 from .private_models import (
     backward,
+    check_private_model,
     check_records_are_apart,
     check_rows_are_gradients,
     forget_batch,
     hooked,
     made_up_pair,
 )
+from .record_sums import (
+    SumsOf,
+    clipped_sums,
+    hessian_products,
+    noisy,
+    pieces,
+    sums_or_none,
+    sums_over,
+)
 
 GRAIN = 2**24  # torch.rand gives multiples of 1 / GRAIN
 LEAST_BOUND = 1e-30  # below it float32 has no room for noise of the right size
 CHUNK = 256  # records whose gradients are held at once: bounds the memory of a large batch
+
+PASSED: Kept[bool] = Kept(256)  # checks of models that passed: nothing else of them is kept
 
 _log = getLogger(__name__)
 
@@ -77,6 +93,9 @@ class Releases:
         expected_batch_size: b > 0.
         charge: what was reserved.
         sources: of batches and noise.
+        kernel: "eager": Opacus' hooks; "vmap" and "compiled": the same sums and the same noise
+            without hooks. A model that these cannot take stays with the hooks, and a warning says
+            so.
 
     Raises:
         ModelError: where the model mixes records, or has layers without gradients of single
@@ -93,6 +112,7 @@ class Releases:
         expected_batch_size: float,
         charge: Charge,
         sources: Sources,
+        kernel: Kernel = "eager",
     ) -> None:
         self._model = model
         self._loss_fn = loss_fn
@@ -101,11 +121,32 @@ class Releases:
         self._expected_batch_size = expected_batch_size
         self._charge = charge
         self._sources = sources
-        self._hooked = hooked(model).to(records[0].device)
-        check_records_are_apart(model, records[0])
-        check_rows_are_gradients(self._hooked, records[0])
-        check_loss(self._hooked, loss_fn, records)
-        self._parameters = {
+        self._check()
+        self._sums = None if kernel == "eager" else sums_or_none(model, loss_fn, records, kernel)
+
+    def _check(self) -> None:
+        """Check the model; what passed is not tried again on equal values of an equal model."""
+        model, loss_fn, records = self._model, self._loss_fn, self._records
+        kind = kind_key(model, loss_fn, records)
+        values = kind and values_of(model)
+
+        def passes(check: Callable[..., Any], subject: Callable[[], Any], *rest: object) -> None:
+            key = kind and (check, kind, values)
+            PASSED.get_or_make(key, lambda: check(subject(), *rest) is None)
+
+        passes(check_private_model, lambda: model)
+        passes(_check_hooks, lambda: self._hooked)
+        passes(check_records_are_apart, lambda: model, records[0])
+        passes(check_rows_are_gradients, lambda: self._hooked, records[0])
+        passes(check_loss, lambda: self._hooked, loss_fn, records)
+
+    @cached_property
+    def _hooked(self) -> Any:
+        return hooked(self._model).to(self._records[0].device)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:  # Opacus gives them grad_sample and summed_grad
+        return {
             name.removeprefix("_module."): value
             for name, value in self._hooked.named_parameters()
             if value.requires_grad
@@ -149,6 +190,12 @@ class Releases:
         Raises:
             PrivacyError: where the charge does not hold such a release, or the batch was used.
         """
+        if self._sums is not None:
+            chosen = self._sums.names if names is None else tuple(names)
+            sums_of = partial(self._sums.gradient, params, chosen)
+            like = {name: params[name].detach() for name in chosen}
+            sizes = self._sums.sizes
+            return self._summed(sums_of, sizes, like, noise_multiplier, max_grad_norm, draw)
 
         def rows_of(inputs: Tensor, targets: Tensor) -> None:
             with torch.enable_grad():
@@ -182,6 +229,14 @@ class Releases:
             return {name: torch.zeros_like(value) for name, value in params.items()}
         plain = copy.deepcopy(self._model).to(self._records[0].device).train()  # not hooked
         products = hessian_products(plain, self._loss_fn, params, direction)
+        if self._sums is not None:
+            like = {name: params[name].detach() for name in self._sums.names}
+
+            def sums_of(batch: Padded, bound: Tensor) -> list[Tensor]:
+                rows = products(*batch[:2])
+                return clipped_sums([rows[name].detach() for name in like], batch[2], bound)
+
+            return self._summed(sums_of, None, like, noise_multiplier, max_norm * size, draw)
 
         def rows_of(inputs: Tensor, targets: Tensor) -> None:
             for name, rows in products(inputs, targets).items():
@@ -193,6 +248,23 @@ class Releases:
         with torch.no_grad():
             for name, value in self._parameters.items():
                 value.copy_(params[name])
+
+    def _summed(
+        self,
+        sums_of: SumsOf,
+        sizes: tuple[int, int] | None,
+        like: Params,
+        noise_multiplier: float,
+        max_norm: float,
+        draw: Draw | None,
+    ) -> Params:
+        """Release what ``_release`` does, from clipped sums instead of the records' rows."""
+        self._charge.take(noise_multiplier, self._sample_rate)  # first: then nothing can be free
+        chosen = (draw or self.draw()).take()
+        cut = pieces(chosen, *(sizes or (CHUNK,)))
+        sums = sums_over(sums_of, self._records, cut, max_norm, like)
+        std, size = noise_multiplier * max_norm, self._expected_batch_size
+        return dict(zip(like, noisy(sums, std, size, self._sources.noise), strict=True))
 
     def _release(
         self,
@@ -273,6 +345,10 @@ class Releases:
         )
 
 
+def _check_hooks(twin: object) -> None:
+    """Do nothing: a model that hooks cannot take has no twin."""
+
+
 def per_record_loss(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each record alone: (B, ...), (B, ...) -> (B,)."""
     if loss_fn is nn.functional.cross_entropy and outputs.ndim == 2 and targets.ndim == 1:
@@ -318,22 +394,3 @@ def keep_finite_rows(parameters: Iterable[nn.Parameter], count: int) -> None:
     if not finite.all():
         for value in held:
             value.grad_sample[~finite] = 0.0  # type: ignore[attr-defined]  # NaN * 0 is NaN
-
-
-def hessian_products(
-    model: nn.Module, loss_fn: LossFn, params: Params, direction: Params
-) -> Callable[[Tensor, Tensor], Params]:
-    """Return the map (inputs, targets) -> H_i v of each record i: (B, *shape) for each name."""
-    loss = objective(model, loss_fn)
-
-    def of_one(record: Tensor, target: Tensor) -> Params:
-        def along(point: Params) -> Tensor:
-            slope = torch.func.grad(
-                lambda part: loss({**point, **part}, (record[None], target[None]))
-            )({name: point[name] for name in direction})
-            return torch.stack([(slope[n] * direction[n]).sum() for n in direction]).sum()
-
-        found: Params = torch.func.grad(along)(params)
-        return found
-
-    return torch.func.vmap(of_one, randomness="different")

@@ -31,6 +31,7 @@ from ...errors import (
 from ...ledger import UNIT, Charge, Head, PrivacyLedger
 from ...wire import KEPT_ROUND, PRIVACY_DELTA, PRIVACY_EPSILON, RUN_TOKEN, SERVER_ROUND
 from ..data import ClientData
+from ..kernel import Kernel
 from ..local_update import LocalUpdate, run_update
 from ..objective import LossFn, Params
 from ..store import ClientStore, Versions, file_name
@@ -130,6 +131,7 @@ class PrivateRounds:
         name: of the client; of its ledger's file, where it names none.
         device: where it computes.
         context: Flower's, in whose state the head of the ledger is mirrored; None: it is not.
+        kernel: how releases are computed, see ``Releases``; what is released is the same.
 
     Raises:
         ModelError: where the model cannot be trained record by record.
@@ -144,6 +146,7 @@ class PrivateRounds:
         name: str,
         device: str,
         context: Context | None,
+        kernel: Kernel = "eager",
     ) -> None:
         check_private_model(model)
         self.privacy = privacy
@@ -152,6 +155,7 @@ class PrivateRounds:
         self._name = name
         self._device = device
         self._context = context
+        self._kernel = kernel
 
     @property
     def tells_nothing(self) -> bool:
@@ -229,6 +233,7 @@ class PrivateRounds:
                 expected_batch_size=privacy.batch_size(held.num_examples),
                 charge=charge,
                 sources=sources,
+                kernel=self._kernel,
             )
         except ModelError as err:  # says something of the model alone, and what to do about it
             raise RefusedError(str(err)) from None

@@ -1,6 +1,7 @@
 """Which messages wait for what: the queue of each node, what it keeps, and the answers."""
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -60,6 +61,7 @@ class Mailbox:
         self._states = States()
         self._seconds: dict[tuple[int, str], float] = {}  # by node and type of message: its last
         self._freed: list[str] = []  # messages whose turn has come
+        self._first_end = math.inf  # no time to live is over before
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class Mailbox:
         message_id = f"{self.run_id}-{number}"
         message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
         pending = self._pending[message_id] = _Pending(message, number, reduced)
+        self._first_end = min(self._first_end, _end(message))
         node_id = message.metadata.dst_node_id
         if node_id not in self.partitions:
             reason = f"there is no node {node_id} in this grid"
@@ -88,6 +91,7 @@ class Mailbox:
             [self._question(message_id, one.message) for message_id, one in turn],
             [self._seconds.get(_kind(one.message)) for _, one in turn],
             [one.reduced.reducer if one.reduced else None for _, one in turn],
+            in_cohorts=self._run_config.get("kernel") == "vmap",
         )
 
     def _question(self, message_id: str, message: Message) -> Question:
@@ -154,12 +158,11 @@ class Mailbox:
     def expire(self) -> bool:
         """Give up messages whose time to live is over; return whether there were any."""
         now = time.time()
-        over = [
-            one
-            for one, pending in self._pending.items()
-            if pending.answer is None
-            and pending.message.metadata.created_at + pending.message.metadata.ttl < now
-        ]
+        if now < self._first_end:
+            return False
+        waiting = {i: _end(one.message) for i, one in self._pending.items() if one.answer is None}
+        over = [message_id for message_id, end in waiting.items() if end <= now]
+        self._first_end = min((end for end in waiting.values() if end > now), default=math.inf)
         for one in over:
             self._settle(one, GIVEN_UP)
         return bool(over)
@@ -190,6 +193,10 @@ class Mailbox:
 
 def _kind(message: Message) -> tuple[int, str]:
     return message.metadata.dst_node_id, message.metadata.message_type
+
+
+def _end(message: Message) -> float:
+    return message.metadata.created_at + message.metadata.ttl
 
 
 def _unavailable(run_id: int, message_id: str) -> Message:

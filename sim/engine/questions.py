@@ -11,6 +11,7 @@ from flwr.common.constant import ErrorCode
 
 BLOCKS = 64  # a round of many clients is cut into about so many ...
 LARGEST = 32  # ... of at most so many clients
+COHORT = 128  # clients of a block that are computed at once, on a GPU
 
 Part = Any  # what a reducer made of the replies of a block; it can be pickled
 Reducer = Callable[[Sequence[tuple[Message, Message]]], tuple[Part, Sequence[RecordDict]]]
@@ -94,6 +95,8 @@ def cut(
     questions: Sequence[Question],
     seconds: Sequence[float | None],
     reducers: Sequence[Reducer | None],
+    *,
+    in_cohorts: bool = False,
 ) -> list[Block]:
     """Return consecutive blocks of ``questions``, one reducer each.
 
@@ -101,8 +104,9 @@ def cut(
         questions: in the order of their messages.
         seconds: what each took before; None: it is expected to take the mean of the others.
         reducers: what sums up the reply to each.
+        in_cohorts: whether clients of a block are computed at once: then blocks are large.
     """
-    size = min(max(1, math.ceil(len(questions) / BLOCKS)), LARGEST)
+    size = COHORT if in_cohorts else min(max(1, math.ceil(len(questions) / BLOCKS)), LARGEST)
     known = [one for one in seconds if one is not None]
     usual = sum(known) / len(known) if known else 0.0
     blocks: list[Block] = []

@@ -98,7 +98,7 @@ class Roster:
             heard = len(self._connected())
             announced = max((node.num_partitions for node in self._heard.values()), default=0)
             enough = heard >= max(min_nodes, 1) and (heard >= announced or time.monotonic() > grace)
-            none_can = heard > 0 and all(self._fault(node) for node in self._connected())
+            none_can = heard > 0 and len(self._faulty()) == heard
             if enough and not none_can and not (role and not self.with_role(role)):
                 return
             late = time.monotonic() > deadline
@@ -116,9 +116,10 @@ class Roster:
     def with_role(self, role: str) -> list[Node]:
         """Return the connected nodes of a role by partition; without any role, all train."""
         usual = "" if self.has_roles else "train"
+        faulty = {node.node_id for node, _ in self._faulty()}
         found = [node for node in self._connected() if (node.role or usual) == role]
         return sorted(
-            (node for node in found if not self._fault(node)), key=lambda node: node.order
+            (node for node in found if node.node_id not in faulty), key=lambda node: node.order
         )
 
     def counts(self) -> dict[str, int]:
@@ -150,10 +151,9 @@ class Roster:
 
     def new_faults(self) -> list[tuple[str, str]]:
         """Return (name, reason) of nodes that cannot take part and were not told before."""
-        faulty = [node for node in self._connected() if self._fault(node)]
-        new = [node for node in faulty if node.name not in self._told]
-        self._told |= {node.name for node in new}
-        return [(node.name, self._fault(node)) for node in sorted(new, key=lambda n: n.order)]
+        new = [(node, fault) for node, fault in self._faulty() if node.name not in self._told]
+        self._told |= {node.name for node, _ in new}
+        return [(node.name, fault) for node, fault in new]
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -162,21 +162,29 @@ class Roster:
 
     def first_fault(self) -> str:
         """Return "NAME says: REASON" of the first node that cannot take part; "" if all can."""
-        faulty = [node for node in self._connected() if self._fault(node)]
-        first = min(faulty, key=lambda node: node.order, default=None)
-        return f"{first.name} says: {self._fault(first)}" if first else ""
+        for node, fault in self._faulty():
+            return f"{node.name} says: {fault}"
+        return ""
 
-    def _fault(self, node: Node) -> str:
+    def _faulty(self) -> list[tuple[Node, str]]:
+        """Return the connected nodes that cannot take part and why, by partition."""
         # An app that is not ours knows no roll call and answers it with an error; where others
         # have roles, so should this node, and its error is one.
-        return node.error or (node.reply_error if self.has_roles else "")
+        has_roles = self.has_roles
+        faults = [
+            (node, node.error or (node.reply_error if has_roles else ""))
+            for node in self._connected()
+        ]
+        found = [(node, fault) for node, fault in faults if fault]
+        return sorted(found, key=lambda pair: pair[0].order)
 
     def _connected(self) -> list[Node]:
         return [self._heard[node_id] for node_id in self._present if node_id in self._heard]
 
     def _ask_newcomers(self, grid: Grid, timeout_s: float) -> bool:
         self._present = list(grid.get_node_ids())
-        self._calls = Counter({n: c for n, c in self._calls.items() if n in self._present})
+        present = set(self._present)
+        self._calls = Counter({n: c for n, c in self._calls.items() if n in present})
         new = [n for n in self._present if n not in self._heard and not self._calls[n]]
         return self._call(grid, new, min(timeout_s, ROLL_CALL_S))
 

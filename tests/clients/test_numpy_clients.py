@@ -171,7 +171,7 @@ def test_independent_batches_are_three_with_the_hessian_on_the_third():
     for got, start, g in zip(found, arrays_of(net()), wanted.values(), strict=True):
         np.testing.assert_array_equal(got, start - g.numpy())
     own = client(MAMLClient, split="independent", batch_size=4)
-    (batch,) = own._batches(own.stream("maml", {}))
+    (batch,) = own._batches(own.data, own.stream("maml", {}))
     rows = [tuple(map(tuple, part[0].tolist())) for part in (batch.support, batch.query)]
     rows.append(tuple(map(tuple, batch.curvature[0].tolist())))
     assert len(set(rows)) == 3

@@ -1,0 +1,250 @@
+"""One client's local training as a value, and the two ways to run it by itself.
+
+``run_eagerly`` is the loop that all others are held against. ``run_compiled`` runs the same loop
+with its step compiled: one compilation serves all clients, for the batch dimension is left open.
+``clients/cohort.py`` runs many clients at once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from logging import WARNING
+from typing import Any
+
+import torch
+from flwr.common import log
+from torch import nn
+
+from .batches import joined, parts
+from .data import Batch, ClientData
+from .kernel import Kernel, compiled
+from .local_update import LocalResult, LocalUpdate, run_update
+from .objective import LossFn, Params
+
+SMALL = 16  # torch chooses another convolution from this batch size on
+HINTS = {False: 10, True: 64}  # batch sizes that compilation sees, below SMALL and from it on
+FIXED_SIZES = 4  # combinations of sizes that a rule is compiled for, where they must be known
+RULES_FOR_ONE = 4  # rules in a row that served one client each: compilation is then of no use
+OF_NO_USE = (
+    "each client brings a model, a loss function or a predicate of its own, so nothing compiled "
+    "serves a second one: clients that come now run eagerly; build the model once in a process and "
+    "pass the same object"
+)
+TOO_MANY_SIZES = (
+    "this model's steps are compiled for each combination of batch sizes, and there are more than "
+    f"{FIXED_SIZES}: the others run eagerly; set batch-size, or order = 'first'"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a ``LocalUpdate`` is made; equal rules make updates that do the same.
+
+    Attributes:
+        make: ``sgd_update`` or another function of its form, whose states are NamedTuples of
+            parameters with the losses of the steps in ``losses``.
+        model: its first argument.
+        loss_fn: its second.
+        options: its keyword arguments.
+    """
+
+    make: Callable[..., LocalUpdate[Any, Any]]
+    model: nn.Module
+    loss_fn: LossFn
+    options: tuple[tuple[str, Any], ...]
+
+    def update(self) -> LocalUpdate[Any, Any]:
+        """Return a new update."""
+        return self.make(self.model, self.loss_fn, **dict(self.options))
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What one client does in a round, apart from how it is computed.
+
+    Attributes:
+        rule: of its steps.
+        params: that it begins with, on the device where it computes.
+        records: gives its data, wherever they are; may raise.
+        batches: its batches, from its data on any device: the same ones each time it is called.
+        steps: their number.
+        seeded: a block in which layers draw the client's own random numbers.
+        is_plain: no layer draws random numbers, and all that the model holds are parameters that
+            train; else it runs eagerly whatever the kernel.
+    """
+
+    rule: Rule
+    params: Params
+    records: Callable[[], ClientData]
+    batches: Callable[[ClientData], Iterator[Any]]
+    steps: Callable[[ClientData], int]
+    seeded: Callable[[], AbstractContextManager[None]]
+    is_plain: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the training computes."""
+        return next(iter(self.params.values())).device
+
+
+def run_eagerly(training: LocalTraining, data: ClientData) -> LocalResult:
+    """Run the training step after step on ``data``, which is on its device."""
+    with training.seeded():
+        return run_update(training.rule.update(), training.params, training.batches(data))
+
+
+def run_alone(training: LocalTraining, data: ClientData, kernel: Kernel) -> LocalResult:
+    """Run the training of one client by ``kernel``; "vmap" is eager here, it needs a cohort."""
+    if kernel == "compiled" and training.is_plain and has_indices(data):
+        return run_compiled(training, data)
+    return run_eagerly(training, data)
+
+
+def run_compiled(training: LocalTraining, data: ClientData) -> LocalResult:
+    """Run the training with its step compiled; the same up to rounding.
+
+    What is compiled depends on the rule and on the sizes of the batch, in two classes, alone: never
+    on which clients came before. Batches of one record, and those that what was compiled does not
+    cover, take the step as it is. Where the compiler must know each size, only the first
+    ``FIXED_SIZES`` combinations of them are compiled.
+    """
+    if not _compilers.serves(training.rule):
+        return run_eagerly(training, data)
+    update = training.rule.update()
+    state, losses = update.begin(training.params), []
+    with training.seeded():
+        for item in training.batches(data):
+            state = _advanced(training.rule, update, state, item)
+            losses.append(state.losses[0])
+            state = state._replace(losses=())
+    return update.finish(state._replace(losses=tuple(losses)))
+
+
+def has_indices(data: ClientData) -> bool:
+    """Return whether no target is negative: fast kernels would take it for another index."""
+    held = (targets for _, targets in (data.support, data.query))
+    return all(y.is_floating_point() or not len(y) or int(y.min()) >= 0 for y in held)
+
+
+def is_hashable(rule: Rule) -> bool:
+    """Return whether ``rule`` can be compared: not with a learning rate for each parameter."""
+    try:
+        hash(rule)
+    except TypeError:
+        return False
+    return True
+
+
+def _advanced(rule: Rule, update: LocalUpdate[Any, Any], state: Any, item: Any) -> Any:
+    """Return the state after the compiled step, or after the step as it is."""
+    sizes = tuple(len(targets) for _, targets in parts(item))
+    step = _compilers.step_of(rule, type(item), sizes) if min(sizes) > 1 else None
+    return update.step(state, item) if step is None else step(state, parts(item))
+
+
+class _Compilers:
+    """The compiled steps of this process, by rule; the least recently used go out."""
+
+    def __init__(self, most: int = 16) -> None:
+        self._steps: dict[Rule, dict[tuple[Any, ...], Step]] = {}
+        self._uses: dict[Rule, int] = {}
+        self._most = most
+
+    def serves(self, rule: Rule) -> bool:
+        """Return whether a client of ``rule`` runs compiled, and count it."""
+        if not is_hashable(rule):
+            return False
+        latest = list(self._uses.values())[-RULES_FOR_ONE:]
+        if rule not in self._uses and latest == [1] * RULES_FOR_ONE:
+            _warn_once(OF_NO_USE)
+            return False
+        self._uses[rule] = self._uses.pop(rule, 0) + 1
+        self._steps[rule] = self._steps.pop(rule, {})
+        if len(self._steps) > self._most:
+            oldest = next(iter(self._steps))
+            del self._steps[oldest], self._uses[oldest]
+        return True
+
+    def step_of(self, rule: Rule, kind: type, sizes: tuple[int, ...]) -> "Step | None":
+        """Return the step for items of ``kind`` whose parts have ``sizes``; None: as it is."""
+        steps, threads = self._steps[rule], torch.get_num_threads()
+        large = tuple(size >= SMALL for size in sizes)
+        if not _needs_sizes(rule):
+            key: tuple[Any, ...] = ("open", kind, large, threads)
+            if key not in steps:
+                steps[key] = Step(rule, kind, tuple(HINTS[one] for one in large), is_open=True)
+            if steps[key].is_open:
+                return steps[key]
+        key = ("fixed", kind, sizes, threads)
+        if key not in steps:
+            if sum(name == "fixed" for name, *_ in steps) >= FIXED_SIZES:
+                _warn_once(TOO_MANY_SIZES)
+                return None
+            steps[key] = Step(rule, kind, sizes, is_open=False)
+        return steps[key]
+
+
+class Step:
+    """``step(state, batches)``, compiled at the first call for batches of sizes ``hints``.
+
+    Sizes that came first would otherwise decide, by the compiler's heuristics, how the others are
+    rounded.
+
+    Attributes:
+        is_open: one compilation serves other sizes too.
+    """
+
+    def __init__(self, rule: Rule, kind: type, hints: tuple[int, ...], *, is_open: bool) -> None:
+        self.is_open = is_open
+        self._hints = hints
+        self._is_ready = False
+        update = rule.update()
+
+        def local_step(state: Any, batches: tuple[Batch, ...]) -> Any:
+            return update.step(state, joined(kind, batches))
+
+        self._fast = compiled(local_step, on_failure=self._close if is_open else None)
+
+    def __call__(self, state: Any, batches: tuple[Batch, ...]) -> Any:
+        """Return the state after the step."""
+        if not self._is_ready:
+            of_hints = zip(self._hints, batches, strict=True)
+            self._fast(
+                state, tuple(self._marked(_of_size(size, batch)) for size, batch in of_hints)
+            )
+            self._is_ready = True
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._fast(state, tuple(map(self._marked, batches)))
+
+    def _close(self, err: Exception) -> None:
+        """Note that the compiler does not know the step for open sizes."""
+        del err
+        self.is_open = False
+
+    def _marked(self, batch: Batch) -> Batch:
+        """Return the same batch, its first dimension marked as open to the compiler."""
+        inputs, targets = (value.detach() for value in batch)  # the mark is not for the caller's
+        for value in (inputs, targets) if self.is_open else ():
+            torch._dynamo.mark_dynamic(value, 0)
+        return inputs, targets
+
+
+_compilers = _Compilers()
+
+
+def _needs_sizes(rule: Rule) -> bool:
+    """Return whether the compiler must know the sizes: in second derivatives of convolutions."""
+    has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in rule.model.modules())
+    return has_convolutions and ("order", "exact") in rule.options
+
+
+def _of_size(size: int, batch: Batch) -> Batch:
+    """Return a batch of ``size`` of the same records, again and again."""
+    index = torch.arange(size, device=batch[1].device) % len(batch[1])
+    return batch[0][index], batch[1][index]
+
+
+@lru_cache
+def _warn_once(text: str) -> None:
+    log(WARNING, "kernel = 'compiled': %s", text)
