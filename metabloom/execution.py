@@ -43,6 +43,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def workers_on(gpus: int, share: float) -> int:
+    """Return how many workers of ``share`` GPUs each there is place for; a share lies on one GPU.
+
+    >>> workers_on(2, 0.4), workers_on(4, 2.0)
+    (4, 2)
+    """
+    return int(1 / share + 1e-9) * gpus if share <= 1 else int(gpus / share + 1e-9)
+
+
 def resolved(config: RunConfig, machine: Machine) -> RunConfig:
     """Return ``config`` as the cohort engine carries it out: every "auto" of it is decided.
 
@@ -71,7 +80,7 @@ def workers_of(config: RunConfig, machine: Machine) -> int | None:
     if config.ray_address:
         return None
     if machine.device == "cuda":
-        most = max(int(machine.gpus / (config.gpus_per_worker or 1.0) + 1e-9), 1)
+        most = max(workers_on(machine.gpus, config.gpus_per_worker or 1.0), 1)
     else:
         most = machine.cores
     if config.gpus_per_worker or config.client_timeout_s:

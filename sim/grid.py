@@ -107,7 +107,10 @@ class CohortGrid(Grid):
         self.close()
 
     def close(self) -> None:
-        """Stop the actors, and a Ray that was started for them; may be called again."""
+        """Stop the actors, and a Ray that was started for them; may be called again.
+
+        What still waits for replies gets a MetabloomError.
+        """
         self._backend.close()
 
     @property
@@ -171,14 +174,20 @@ class CohortGrid(Grid):
         Without workers they are answered by then. A message to a node that is still at another one
         waits for it.
         """
+        pushed = list(messages)  # what makes them may take its time
         with self._lock:
             self._tidy()
-            ids = [
-                self._mail.accept(one, self._reduced.get(id(one), (one, None))[1])
-                for one in messages
-            ]
-            self._reduced = {}
-            self._backend.submit(self._mail.blocks())
+            ids: list[str] = []
+            try:
+                for one in pushed:
+                    _, reduced = self._reduced.get(id(one), (one, None))
+                    ids.append(self._mail.accept(one, reduced))
+                self._backend.submit(self._mail.blocks())
+            except BaseException:  # Ctrl-C: nobody waits for these, and nothing behind them
+                self._mail.forget(ids)
+                raise
+            finally:
+                self._reduced = {}
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

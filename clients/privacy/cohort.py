@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, ModelError
 from ...streams import torch_drawing_from
 from ..data import Batch
 from ..objective import LossFn, Params, objective
@@ -72,7 +72,8 @@ def cohort_gradients(
 
     Raises:
         ConfigError: where there are not as many generators as clients, or b is out of range.
-        ModelError: where the model mixes records.
+        ModelError: where the model mixes records, or takes whole numbers: vmap joins the tables of
+            all clients' embeddings, and an index out of range would reach into another client's.
 
     Returns:
         The releases, (N, *shape) for each name.
@@ -82,6 +83,11 @@ def cohort_gradients(
         raise ConfigError(f"{len(noise)} generators for {len(mask)} clients: one each is needed")
     if not 0 < expected_batch_size < math.inf:
         raise ConfigError(f"expected_batch_size = {expected_batch_size!r}: must be above 0")
+    if not inputs.is_floating_point():
+        raise ModelError(
+            f"inputs of {inputs.dtype} cannot be computed for many clients at once: an index out "
+            "of range would reach into another client's embedding; take one client at a time"
+        )
     loss = objective(model, loss_fn)
 
     def of_one(point: Params, record: Tensor, target: Tensor) -> Params:

@@ -1,8 +1,9 @@
 """What decides how a model and a loss compute: a key under which work can be kept and used again.
 
-A key says of what kind each module is, with its plain attributes, and of what shape and dtype its
-tensors are. Where something has no such key (a closure, an object of unknown kind, a tensor that is
-not registered) there is none, and nothing is kept: better slow than another client's.
+A key says of what kind each module is, with its plain attributes, of what shape and dtype its
+tensors are, and which plain globals a function names; attributes of classes are taken as fixed.
+Where something has no such key (a closure, an object of unknown kind, a tensor that is not
+registered) there is none, and nothing is kept: better slow than another client's.
 """
 
 import functools
@@ -48,7 +49,8 @@ def key_of(value: object) -> Hashable:
     if isinstance(value, type):
         return _named(value)
     if isinstance(value, types.FunctionType) and not value.__closure__:
-        return _named(value), key_of(value.__defaults__), key_of(value.__kwdefaults__)
+        defaults = key_of(value.__defaults__), key_of(value.__kwdefaults__)
+        return _named(value), *defaults, _globals_key(value)
     if type(value) in (tuple, list):
         return type(value), tuple(map(key_of, value))  # type: ignore[call-overload]  # is iterable
     if type(value) in (dict, OrderedDict):
@@ -96,6 +98,18 @@ def _module_key(module: nn.Module) -> Hashable:
         else:
             told.append((name, key_of(value)))
     return tuple(told)
+
+
+def _globals_key(function: types.FunctionType) -> Hashable:
+    """Return the plain values outside of ``function`` that it names; torch's own change none."""
+    if function.__module__.partition(".")[0] == "torch":
+        return None
+    held = function.__globals__
+    named = {name: held[name] for name in function.__code__.co_names if name in held}
+    settled = (types.ModuleType, types.FunctionType, type, *_BUILTIN)
+    return tuple(
+        (name, key_of(value)) for name, value in named.items() if not isinstance(value, settled)
+    )
 
 
 def _tensor_key(value: Tensor) -> tuple[Hashable, ...]:

@@ -32,7 +32,7 @@ Rows = Tensor | tuple[Tensor, Tensor]  # (B, *shape), or (B, m) and (B, n) of ou
 Step = Callable[..., Sequence[Tensor]]
 SumsOf = Callable[[Padded, Tensor], Sequence[Tensor]]
 STEPS: Kept[Step] = Kept(32)
-TAKEN: Kept[bool] = Kept(256)
+REFUSED: Kept[str] = Kept(256)  # why a kind of model cannot be taken; "" where it can
 
 _log = getLogger(__name__)
 
@@ -56,8 +56,10 @@ def _norm(rows: Rows) -> Tensor:
     if isinstance(rows, Tensor):
         found: Tensor = rows.flatten(1).norm(dim=1) if rows.ndim > 1 else rows.abs()
         return found
-    left, right = (torch.linalg.vector_norm(part, dim=1) for part in rows)
-    product: Tensor = left * right
+    # In float64: there the squares of float32 numbers neither vanish nor overflow. A norm that came
+    # out too small would let a record have more influence than C.
+    left, right = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows)
+    product: Tensor = (left * right).to(rows[0].dtype)
     return product
 
 
@@ -143,21 +145,22 @@ class RecordSums:
         targets = records[1].new_zeros((2, *records[1].shape[1:]))
         tensors = (*self._held.values(), inputs, targets)
 
-        def attempt() -> bool:
+        def attempt() -> str:
             mask = targets.new_ones(2, dtype=torch.bool)
             bound = tensors[0].new_ones(())
-            found = clipped_sums(self._rows(self.names)(*tensors), mask, bound)
-            if self._is_compiled:
-                step = step_of(traced(self._rows(self.names), tensors))
-                for one, other in zip(step(*tensors, mask, bound), found, strict=True):
-                    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-            return True
+            try:
+                found = clipped_sums(self._rows(self.names)(*tensors), mask, bound)
+                if self._is_compiled:
+                    step = step_of(traced(self._rows(self.names), tensors))
+                    for one, other in zip(step(*tensors, mask, bound), found, strict=True):
+                        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+            except Exception as err:  # whatever vmap and a user's model raise
+                text = str(err).strip().partition("\n")[0][:200]
+                return f"{type(err).__name__}: {text}"
+            return ""
 
-        try:
-            TAKEN.get_or_make(self._key and (self._key, self._is_compiled), attempt)
-        except Exception as err:  # whatever vmap and a user's model raise
-            text = str(err).strip().partition("\n")[0][:200]
-            raise ModelError(f"{type(err).__name__}: {text}") from err
+        if reason := REFUSED.get_or_make(self._key and (self._key, self._is_compiled), attempt):
+            raise ModelError(reason)
 
 
 def _has_negative_indices(value: Tensor) -> bool:
@@ -207,7 +210,7 @@ def sums_over(
         like: in whose shapes and dtypes.
     """
     sums = [torch.zeros_like(value) for value in like.values()]
-    limit = torch.full_like(sums[0], bound).new_full((), bound)
+    limit = sums[0].new_full((), bound)
     for piece, size in cut:
         found = _sound_sums(sums_of, (records[0][piece], records[1][piece]), size, limit)
         sums = [total + part for total, part in zip(sums, found, strict=True)] if found else sums

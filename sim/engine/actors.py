@@ -1,5 +1,6 @@
 """Blocks answered in Ray actors."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,8 @@ import ray
 from flwr.clientapp import ClientApp
 
 from ...config import DATA_ENVIRONMENT_VARIABLE
-from .cluster import Workers, enter
+from ...errors import ConfigError
+from .cluster import Place, Workers, enter
 from .parcels import Settings
 from .pool import Pool
 from .questions import Block
@@ -39,31 +41,17 @@ class Actors:
         wants_gpus: bool,
         **pool: Any,
     ) -> None:
-        self._place = enter(
+        place = enter(
             workers, address=ray_address, gpus_per_worker=gpus_per_worker, wants_gpus=wants_gpus
         )
-        self.workers = self._place.size
-        variable = DATA_ENVIRONMENT_VARIABLE
-        environment = {variable: os.environ[variable]} if variable in os.environ else {}
-        options = {
-            **self._place.options,
-            "max_restarts": 0,
-            "concurrency_groups": {"asides": 1},  # answers while a client runs
-        }
-        aside = ray.method(concurrency_group="asides")
-        methods = {"in_progress": aside(Worker.in_progress), "skip": aside(Worker.skip)}
-        kind = type("Worker", (Worker,), methods)
-        actor: Any = ray.remote(**options)(kind)
-        held = ray.put(app)  # pickled once, whatever it holds
-
-        def start() -> Any:
-            return actor.remote(held, settings, os.getcwd(), environment)
-
+        self._place: Place | None = place
+        self.workers = place.size
         try:
-            self._pool = Pool(start, size=self.workers, **pool)
+            self._pool = _pool_at(place, app, settings, pool)
         except BaseException:
-            self._place.leave()
+            place.leave()
             raise
+        atexit.register(self.close)  # before Ray's own: a thread that waits would start another
 
     @property
     def fault(self) -> str:
@@ -79,8 +67,38 @@ class Actors:
         self._pool.give_up()
 
     def close(self) -> None:
-        """Stop the actors, and a Ray of our own."""
+        """Stop the actors, and a Ray of our own; may be called again."""
+        atexit.unregister(self.close)
+        place, self._place = self._place, None
         try:
             self._pool.close()
         finally:
-            self._place.leave()
+            if place is not None:
+                place.leave()
+
+
+def _pool_at(place: Place, app: ClientApp, settings: Settings, pool: dict[str, Any]) -> Pool:
+    variable = DATA_ENVIRONMENT_VARIABLE
+    environment = {variable: os.environ[variable]} if variable in os.environ else {}
+    options = {
+        **place.options,
+        "max_restarts": 0,
+        "concurrency_groups": {"asides": 1},  # answers while a client runs
+    }
+    aside = ray.method(concurrency_group="asides")
+    methods = {"in_progress": aside(Worker.in_progress), "skip": aside(Worker.skip)}
+    kind = type("Worker", (Worker,), methods)
+    actor: Any = ray.remote(**options)(kind)
+    try:
+        held = ray.put(app)  # pickled once, whatever it holds
+    except TypeError as err:
+        raise ConfigError(
+            f"the ClientApp cannot be sent to other processes ({err}): it, or what its "
+            "functions refer to, holds something like a lock or an open file; make that inside "
+            "the functions, or set workers = 0"
+        ) from err
+
+    def start() -> Any:
+        return actor.remote(held, settings, os.getcwd(), environment)
+
+    return Pool(start, size=place.size, **pool)

@@ -10,8 +10,10 @@ from flwr.clientapp import ClientApp
 
 from .mailbox import Mailbox
 from .parcels import Settings
-from .questions import Block, Delivery
+from .questions import Block, Delivery, failed
 from .runner import Runner
+
+CLOSED = "the grid is closed"
 
 Deliver = Callable[[Delivery], None]
 
@@ -83,9 +85,9 @@ class InProcess:
     """Answer blocks at once, in the thread that submits them."""
 
     workers = 0
-    fault = ""
 
     def __init__(self, app: ClientApp, deliver: Deliver) -> None:
+        self.fault = ""
         self._runner = Runner(app)
         self._deliver = deliver
         self._waiting: deque[Block] = deque()
@@ -100,8 +102,12 @@ class InProcess:
         try:
             while self._waiting:
                 block = self._waiting.popleft()
-                answers, part = self._runner.answers(block.questions, block.reducer)
-                self._deliver((block, answers, part))
+                try:
+                    answers, part = self._runner.answers(block.questions, block.reducer)
+                except Exception as err:  # of a reducer: clients' own are answers
+                    self._deliver(failed(block, f"the worker raised {err!r}"))
+                else:
+                    self._deliver((block, answers, part))
         finally:
             self._waiting.clear()
             self._is_busy = False
@@ -110,4 +116,5 @@ class InProcess:
         """Nothing is ever left to do."""
 
     def close(self) -> None:
-        """Nothing is to be closed."""
+        """Answer nothing any more."""
+        self.fault = CLOSED

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from .parcels import Request, pack_arrays, pack_question
 from .questions import Block, Reducer
+from .runner import layout_of
 
-PUTS_KEPT = 8  # records: the model of this round, of the one before, of an evaluation ...
+PUTS_KEPT = 4  # records: of this round, of the one before, of an evaluation
 
 
 class _Put(NamedTuple):
     """A record in Ray's store: its arrays tell whether it was written into since."""
 
     record: ArrayRecord
-    arrays: tuple[tuple[str, Array], ...]
+    layout: list[tuple[object, ...]]
+    data: list[bytes]  # held, so that no other ones have their ids
     token: str
     ref: Any
 
@@ -40,13 +42,15 @@ class Broadcasts:
             for record in question.message.content.array_records.values()
         ]
         counts = Counter(map(id, records))
-        for record in {id(one): one for one in records if counts[id(one)] > 1}.values():
+        shared = {id(one): one for one in records if counts[id(one)] > 1}
+        for record in shared.values():
             put = self._puts.pop(id(record), None)
             if put is None or not _is_as_put(record, put):
                 ref = ray.put(pack_arrays(record))
-                put = _Put(record, tuple(record.items()), str(next(self._tokens)), ref)
+                data = [array.data for array in record.values()]
+                put = _Put(record, _layout(record), data, str(next(self._tokens)), ref)
             self._puts[id(record)] = put
-        while len(self._puts) > PUTS_KEPT:
+        while len(self._puts) > max(PUTS_KEPT, len(shared)):
             self._puts.popitem(last=False)
 
     def of(self, block: Block, number: int, run_id: int) -> tuple[Any, ...]:
@@ -73,5 +77,8 @@ class Broadcasts:
 
 
 def _is_as_put(record: ArrayRecord, put: _Put) -> bool:
-    now = [(key, id(array)) for key, array in record.items()]
-    return now == [(key, id(array)) for key, array in put.arrays]
+    return _layout(record) == put.layout
+
+
+def _layout(record: ArrayRecord) -> list[tuple[object, ...]]:
+    return [(key, *layout_of(array)) for key, array in record.items()]

@@ -1,6 +1,7 @@
 """Where the engine's actors live: a Ray of our own, one that runs already, or a cluster."""
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import ray
 
 from ...errors import ConfigError, MetabloomError
 from ...execution import cores as cores_here
+from ...execution import workers_on
 
 Workers = int | Literal["auto"]
 ANSWER_S = 10.0
@@ -37,7 +39,7 @@ class Place:
 
     def leave(self) -> None:
         """Disconnect; a Ray of our own ends with all its processes."""
-        if self.is_ours:
+        if self.is_ours and ray.is_initialized():
             ray.shutdown()
 
 
@@ -57,6 +59,11 @@ def enter(
         ConfigError: where the cluster cannot be reached, or has less than was asked for.
     """
     is_ours, is_shared = not ray.is_initialized(), bool(address)
+    if address and not is_ours:
+        raise ConfigError(
+            f"ray-address = {address!r}: this process is connected to a Ray already and can have "
+            "one only; leave the address out, inside Flower's simulation too"
+        )
     if is_ours:
         count = cores_here() if workers == "auto" else workers
         _connect(address, None if address else count)
@@ -79,9 +86,10 @@ def enter(
 
 
 def _share_of_gpus(size: int, gpus: float, wanted: float) -> float:
+    """Return the share of a worker: what is less than a GPU lies on one GPU."""
     if not wanted:
-        return min(1.0, int(GRAIN * gpus / size) / GRAIN)
-    if wanted * size > gpus + 1e-9:
+        return int(GRAIN / math.ceil(size / gpus)) / GRAIN if gpus >= 1 else 0.0
+    if size > workers_on(int(gpus), wanted):
         raise ConfigError(
             f"gpus-per-worker = {wanted:g} for {size} workers: Ray has {gpus:g} GPUs; lower one of "
             "the two"
@@ -106,9 +114,9 @@ def _connect(address: str, cores: int | None) -> None:
                 configure_logging=False,
                 **here,
             )
-    except (ConnectionError, ValueError) as err:
-        raise _nobody_at(address, err) from err
     except Exception as err:
+        if address and isinstance(err, ConnectionError | ValueError):
+            raise _nobody_at(address, err) from err
         raise MetabloomError(
             f"Ray does not start: {type(err).__name__}: {err}; workers = 0 needs no Ray"
         ) from err

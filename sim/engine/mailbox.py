@@ -77,6 +77,9 @@ class Mailbox:
             reason = f"there is no node {node_id} in this grid"
             pending.answer = Answer(code=ErrorCode.NODE_UNAVAILABLE, reason=reason)
             return message_id
+        if not message.has_content():
+            pending.answer = Answer(code=ErrorCode.UNKNOWN, reason="the message has no content")
+            return message_id
         queue = self._queues.setdefault(node_id, deque())
         queue.append(message_id)
         if len(queue) == 1:
@@ -126,7 +129,8 @@ class Mailbox:
             for question, answer, is_wanted in zip(block.questions, answers, wanted, strict=True):
                 if is_wanted:
                     node_id, _ = kind = _kind(question.message)
-                    self._seconds[kind] = answer.seconds
+                    if answer.seconds:
+                        self._seconds[kind] = answer.seconds
                     if answer.state is not None:
                         self._states.put(node_id, answer.state)
                     self._settle(question.id, answer)
@@ -156,13 +160,20 @@ class Mailbox:
         return reply
 
     def expire(self) -> bool:
-        """Give up messages whose time to live is over; return whether there were any."""
+        """Give up messages whose time to live is over; return whether some were at work.
+
+        Replies that nobody pulled in that time are forgotten.
+        """
         now = time.time()
         if now < self._first_end:
             return False
-        waiting = {i: _end(one.message) for i, one in self._pending.items() if one.answer is None}
-        over = [message_id for message_id, end in waiting.items() if end <= now]
-        self._first_end = min((end for end in waiting.values() if end > now), default=math.inf)
+        ends = {message_id: _end(one.message) for message_id, one in self._pending.items()}
+        self._first_end = min((end for end in ends.values() if end > now), default=math.inf)
+        past = [message_id for message_id, end in ends.items() if end <= now]
+        over = [message_id for message_id in past if self.is_wanted(message_id)]
+        for one in past:
+            if self._pending[one].answer not in (None, GIVEN_UP):
+                del self._pending[one]
         for one in over:
             self._settle(one, GIVEN_UP)
         return bool(over)

@@ -11,14 +11,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from logging import WARNING
+from logging import ERROR, WARNING
 from typing import Any
 
 import ray
 from flwr.common import log
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from .backends import CLOSED
 from .broadcasts import Broadcasts
 from .parcels import unpack_answer
 from .questions import Block, Delivery, failed
@@ -29,9 +31,10 @@ TRIES = 2  # how often a client is begun before it is given up, where its actor 
 START_S = 120.0  # for an actor to start
 BAD_STARTS = 3  # actors in a row that did not start, before all is given up
 ASKING_S = 5.0
+JOIN_S = 10.0  # for the thread to end; a Ctrl-C at a bad moment may have left it the lock
 
 
-@dataclass
+@dataclass(eq=False)
 class _Flight:
     """A block at an actor, and when its turn came (0: it waits for the one before)."""
 
@@ -42,13 +45,14 @@ class _Flight:
     recall: Any = None  # the ref that says whether it may still be taken back
 
 
-@dataclass
+@dataclass(eq=False)
 class _Seat:
     """One actor; it is at the first of its flights."""
 
     actor: Any
-    starting: Any  # the ref that says it has started; None once it has
-    deadline: float  # to start
+    starting: Any  # the ref that says it has started, or lives; None once it does
+    deadline: float  # of that
+    has_started: bool = False
     flights: deque[_Flight] = field(default_factory=deque)
 
 
@@ -110,22 +114,18 @@ class Pool:
             for block in blocks:
                 self._queue(block)
             for seat in list(self._seats):
-                if seat.flights and not any(map(self._is_wanted, seat.flights[0].block.ids)):
-                    self._replace(seat)
-                    for one in list(seat.flights)[1:]:
-                        self._queue(one.block)
+                self._stop_unwanted(seat)
             self._hand_out()
 
     def close(self) -> None:
-        """Stop all actors."""
+        """Stop all actors; may be called again."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
+            self.fault = self.fault or CLOSED
             self._lock.notify_all()
-        self._thread.join()
+        self._thread.join(JOIN_S)
         for seat in self._seats:
-            ray.kill(seat.actor)
+            self._kill(seat)
         self._seats, self._waiting, self._parcels = [], [], Broadcasts()
 
     # -- the pool's own thread ---------------------------------------------------------------------
@@ -138,13 +138,17 @@ class Pool:
                 if self._closed or self.fault:
                     return
                 refs = self._refs()
+            if not ray.is_initialized():  # to ask it anything would start another one
+                self._break("the Ray of this process was shut down")
+                return
             try:
                 ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_S)
                 for ref in ready:
                     self._take(ref)
                 self._look_after()
-            except Exception as err:  # Ray itself is gone
-                self._break(f"Ray fails: {type(err).__name__}: {err}")
+            except Exception as err:  # Ray itself is gone, or a fault of ours
+                log(ERROR, "the engine fails", exc_info=True)
+                self._break(f"the engine fails: {type(err).__name__}: {err}")
                 return
 
     def _refs(self) -> list[Any]:
@@ -169,6 +173,8 @@ class Pool:
             value = ray.get(ref)
         except RayTaskError as err:  # not of a client, which raises inside: what it sent, or a sum
             with self._lock:
+                if seat not in self._seats:
+                    return
                 if seat.starting:
                     self._failed_to_start(seat, str(err.cause))
                 else:
@@ -177,6 +183,8 @@ class Pool:
             return
         except RayError as err:
             with self._lock:
+                if seat not in self._seats:
+                    return
                 if seat.starting:
                     self._failed_to_start(seat, _reason(err))
                 else:
@@ -184,12 +192,13 @@ class Pool:
             return
         if ref == seat.starting:
             with self._lock:
-                seat.starting, self._bad_starts = None, 0
+                seat.starting, seat.has_started, self._bad_starts = None, True, 0
                 self._hand_out()
             return
         if value is None:  # it was skipped, which its recall has yet to say
             with self._lock:
-                self._requeue(seat, seat.flights[0])
+                if seat in self._seats:
+                    self._requeue(seat, seat.flights[0])
             return
         answers = [unpack_answer(one) for one in value.answers]
         with self._lock:
@@ -198,8 +207,7 @@ class Pool:
 
     def _finish(self, seat: _Seat, delivery: Delivery) -> None:
         seat.flights.popleft()
-        if seat.flights:
-            seat.flights[0].since = time.monotonic()
+        self._next_in(seat)
         self._hand_out()
         self._deliver(delivery)
         self._lock.notify_all()
@@ -214,9 +222,10 @@ class Pool:
         limit = self._client_timeout_s
         if limit is None:
             return
-        for seat in list(self._seats):
-            head = next(iter(seat.flights), None)
-            if head is not None and now - head.since > limit:
+        with self._lock:
+            heads = [(seat, seat.flights[0]) for seat in self._seats if seat.flights]
+        for seat, head in heads:
+            if now - head.since > limit:
                 self._ask(seat, head, limit)
 
     def _ask(self, seat: _Seat, head: _Flight, limit: float) -> None:
@@ -256,14 +265,36 @@ class Pool:
 
     def _replace(self, seat: _Seat) -> None:
         self._seats.remove(seat)
-        ray.kill(seat.actor)
+        self._kill(seat)
         self._seats.append(self._seat())
+
+    def _kill(self, seat: _Seat) -> None:
+        if ray.is_initialized():  # else it is gone, and to ask for it would start another Ray
+            with suppress(RayError, ValueError):
+                ray.kill(seat.actor)
+
+    def _next_in(self, seat: _Seat) -> None:
+        """Let the next flight of a seat be the first."""
+        if seat.flights:
+            seat.flights[0].since = time.monotonic()
+            self._stop_unwanted(seat)
+
+    def _stop_unwanted(self, seat: _Seat) -> None:
+        """Replace an actor that is at a block for which nobody waits."""
+        if seat.flights and not any(map(self._is_wanted, seat.flights[0].block.ids)):
+            self._replace(seat)
+            for one in list(seat.flights)[1:]:
+                self._queue(one.block)
 
     def _died(self, seat: _Seat, err: RayError) -> None:
         """Replace an actor; what it was at is run once more, one by one."""
         head, *rest = (one.block for one in seat.flights)
         log(WARNING, "a worker died at %d client(s): %s", len(head.questions), _reason(err))
         self._replace(seat)
+        for other in self._seats:  # what killed it may have killed those that are idle too
+            if not (other.starting or other.flights):
+                other.starting = other.actor.ready.remote()
+                other.deadline = time.monotonic() + START_S
         for block in rest:
             self._queue(block)
         tries = head.tries + 1
@@ -277,12 +308,15 @@ class Pool:
         self._lock.notify_all()
 
     def _failed_to_start(self, seat: _Seat, reason: str) -> None:
+        if seat.has_started:  # it died while it was idle
+            self._replace(seat)
+            return
         self._bad_starts += 1
         others = [one for one in self._seats if one is not seat and not one.starting]
         if others:  # on a cluster that lost a machine there may be no place for it
             log(WARNING, "a worker cannot start, %d are left: %s", len(others), reason)
             self._seats.remove(seat)
-            ray.kill(seat.actor)
+            self._kill(seat)
         elif self._bad_starts >= BAD_STARTS:
             self._break(f"{self._bad_starts} workers in a row did not start: {reason}")
         else:
@@ -338,8 +372,7 @@ class Pool:
     def _requeue(self, seat: _Seat, flight: _Flight) -> None:
         """Let others have a block that its actor skips."""
         seat.flights.remove(flight)
-        if seat.flights:
-            seat.flights[0].since = time.monotonic()
+        self._next_in(seat)
         self._queue(flight.block)
         self._hand_out()
 

@@ -6,6 +6,7 @@ from typing import overload
 
 from flwr.app import Message
 
+from ...errors import MetabloomError
 from .questions import Part, Reducer
 
 
@@ -39,22 +40,39 @@ class Replies(Sequence[Message]):
     def __init__(self, source: Iterator[Message], is_any: bool) -> None:
         self._source, self._is_any = source, is_any
         self._came: list[Message] = []
+        self._broken: BaseException | None = None
 
     def __iter__(self) -> Iterator[Message]:
         for position in itertools.count():
-            if position == len(self._came):
-                reply = next(self._source, None)
-                if reply is None:
-                    return
-                self._came.append(reply)
+            if position == len(self._came) and not self._has_next():
+                return
             yield self._came[position]
+
+    def _has_next(self) -> bool:
+        """Wait for the next reply; after an error there is none, and it is no end either."""
+        if self._broken:
+            raise MetabloomError("the replies were not all taken: an error came") from self._broken
+        try:
+            reply = next(self._source, None)
+        except BaseException as err:
+            self._broken = err
+            if isinstance(err, TypeError):  # list() takes one from __len__ for no length at all
+                raise MetabloomError(f"a reply cannot be made: {err}") from err
+            raise
+        if reply is not None:
+            self._came.append(reply)
+        return reply is not None
+
+    def _all(self) -> list[Message]:
+        while self._has_next():
+            pass
+        return self._came
 
     def __bool__(self) -> bool:
         return self._is_any
 
     def __len__(self) -> int:
-        self._came.extend(self._source)
-        return len(self._came)
+        return len(self._all())
 
     @overload
     def __getitem__(self, index: int) -> Message: ...
@@ -63,5 +81,4 @@ class Replies(Sequence[Message]):
     def __getitem__(self, index: slice) -> list[Message]: ...
 
     def __getitem__(self, index: int | slice) -> Message | list[Message]:
-        self._came.extend(self._source)
-        return self._came[index]
+        return self._all()[index]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, cast, runtime_checkable
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -90,7 +90,10 @@ class Runner:
                 seconds, last = now - last, now
                 self._begun.pop(questions[position].id, None)
                 before, after = contexts.pop(position)
-                found[position] = _answer(reply, before.state, after.state, seconds)
+                try:
+                    found[position] = _answer(reply, before.state, after.state, seconds)
+                except Exception as err:  # a reply, or a state, that is none
+                    found[position] = _answer(err, before.state, after.state, seconds)
         except Exception as err:  # of an app that answers for many: the others are lost with it
             reason = _said(err)
         missing = Answer(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
@@ -120,6 +123,8 @@ def _answer(reply: object, before: RecordDict, after: RecordDict, seconds: float
     if reply.has_error():
         code, reason = reply.error.code, reply.error.reason or ""
         return Answer(code=code, reason=reason, state=state, seconds=seconds)
+    if not isinstance(reply.content, RecordDict):
+        raise TypeError(f"the reply holds {type(reply.content).__name__}, not a RecordDict")
     return Answer(reply.content, state=state, seconds=seconds)
 
 
@@ -132,29 +137,34 @@ def _own(message: Message, context: Context) -> tuple[Message, Context]:
 
 
 def _copied(records: RecordDict) -> RecordDict:
-    """Return copies of records and of their lists; arrays, whose bytes are fixed, stay shared."""
+    """Return copies of records, of their lists and arrays; the bytes of arrays stay shared."""
     copies = {name: record.copy() for name, record in records.items()}
     for record in copies.values():
         for key, value in record.items():
-            if isinstance(value, list):
-                record[key] = value.copy()  # type: ignore[assignment]  # a copy has its type
+            if isinstance(value, list | Array):
+                record[key] = copy.copy(value)  # type: ignore[assignment]  # a copy has its type
     return RecordDict(copies)
 
 
 def _is_same(before: RecordDict, after: RecordDict) -> bool:
-    """Return whether nothing was written: arrays are the same objects, the rest is equal."""
+    """Return whether nothing was written: arrays have the same bytes object, the rest is equal."""
     if list(before) != list(after):
         return False
     for name, record in after.items():
         old = before[name]
         if type(old) is not type(record) or list(old) != list(record):
             return False
-        if isinstance(record, ArrayRecord):
-            if any(record[key] is not old[key] for key in record):
+        if isinstance(record, ArrayRecord) and isinstance(old, ArrayRecord):
+            if any(layout_of(record[key]) != layout_of(old[key]) for key in record):
                 return False
         elif dict(record) != dict(old):
             return False
     return True
+
+
+def layout_of(array: Array) -> tuple[object, ...]:
+    """Return what tells an array that was written into: its bytes are another object then."""
+    return id(array.data), array.dtype, tuple(array.shape), array.stype
 
 
 def _said(err: Exception) -> str:

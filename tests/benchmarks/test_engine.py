@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+from metabloom.models import MODELS
+from metabloom.sim import DATASETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -17,6 +21,17 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)  # as they are when one of them is started
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registries_as_before() -> Iterator[None]:
+    """Take what the benchmarks' plug-in registers out again: other tests count the names."""
+    yield
+    for registry in (MODELS, DATASETS):
+        for name in [name for name in registry if name.startswith("bench-")]:
+            del registry._entries[name]
+    for module in [name for name in sys.modules if name.startswith("engine_")]:
+        del sys.modules[module]
 
 
 def script(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from torch import nn
 from metabloom.clients.privacy.cohort import cohort_gradients, padded
 from metabloom.clients.privacy.noise import Sources, seeded_sources
 from metabloom.clients.privacy.releases import Draw, Releases
-from metabloom.errors import ConfigError, PrivacyError
+from metabloom.errors import ConfigError, ModelError, PrivacyError
 from metabloom.ledger import Charge
 from metabloom.models import build_model
 
@@ -121,3 +121,21 @@ def test_a_client_has_a_draw_of_its_own_that_is_used_once():
     padded(held, draws)
     with pytest.raises(PrivacyError, match="released twice"):
         padded(held, draws)
+
+
+def test_whole_numbers_as_inputs_are_refused_since_embeddings_are_joined():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
+    params = stacked_params(model, 2, torch.float32)
+    inputs, targets = torch.zeros(2, 3, 2, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ModelError, match="another client's embedding"):
+        cohort_gradients(
+            model,
+            nn.functional.cross_entropy,
+            params,
+            (inputs, targets, torch.ones(2, 3)),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=2.0,
+            noise=(),
+            layers=torch.Generator().manual_seed(0),
+        )

@@ -11,6 +11,7 @@ from torch import nn
 
 from metabloom.clients.privacy import record_sums, releases
 from metabloom.clients.privacy.audit import Engine, run_audit
+from metabloom.clients.privacy.identity import NoKeyError, key_of
 from metabloom.clients.privacy.noise import seeded_sources
 from metabloom.clients.privacy.releases import Draw, Releases
 from metabloom.errors import ModelError, PrivacyError
@@ -268,3 +269,56 @@ def test_a_check_that_passed_is_not_made_again_and_one_that_failed_is(monkeypatc
         with pytest.raises(ModelError):
             engine(SmoothNet(0), smooth_records(5), "eager")
     assert len(made) == 4
+
+
+def test_a_record_whose_gradient_is_an_extreme_product_has_no_more_influence_than_the_bound(kernel):
+    # A server's weights: one factor of the outer product so small that its square is 0 in float32,
+    # the other one so large that the product is not.
+    model = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 62))
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+        model[0].weight.fill_(1.3e18)
+        model[2].bias[0] = 52.0
+    inputs, bound = torch.tensor([[0.0], [0.0], [0.0], [1.0]]), 1e-3
+    records = inputs, torch.zeros(4, dtype=torch.long)
+    sums = record_sums.RecordSums(model, CROSS_ENTROPY, records, kernel=kernel)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def total(count: int) -> torch.Tensor:
+        found = record_sums.sums_over(
+            lambda batch, limit: sums.gradient(params, sums.names, batch, limit),
+            records,
+            record_sums.pieces(torch.arange(count), 64),
+            bound,
+            params,
+        )
+        return torch.cat([one.flatten() for one in found]).double()
+
+    assert (total(4) - total(3)).norm() <= bound * (1 + 1e-6)
+
+
+SCALE = 1.0
+
+
+def scaled_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return SCALE * CROSS_ENTROPY(output, target)
+
+
+def test_a_loss_that_reads_a_global_is_told_from_itself_with_another_one(monkeypatch):
+    before = key_of(scaled_loss)
+    monkeypatch.setitem(scaled_loss.__globals__, "SCALE", 3.0)
+    assert key_of(scaled_loss) != before
+    monkeypatch.setitem(scaled_loss.__globals__, "SCALE", object())
+    with pytest.raises(NoKeyError, match="object"):
+        key_of(scaled_loss)
+
+
+def test_what_cannot_be_taken_is_tried_once_only(monkeypatch):
+    monkeypatch.setattr(record_sums, "REFUSED", record_sums.Kept(4))
+    tries = []
+    monkeypatch.setattr(record_sums, "rows_of", lambda *_: tries.append(1) or 1 / 0)
+    for _ in range(3):
+        with pytest.raises(ModelError, match="ZeroDivisionError"):
+            record_sums.RecordSums(RANDOM, CROSS_ENTROPY, smooth_records(3), kernel="vmap")
+    assert len(tries) == 1

@@ -58,6 +58,8 @@ def test_more_than_the_cluster_has_is_refused(seen):
         (4, 2.0, 0.0, 0.5),
         (2, 8.0, 0.0, 1.0),
         (3, 1.0, 0.0, 0.3333),
+        (3, 2.0, 0.0, 0.5),
+        (8, 3.0, 0.0, 0.3333),
         (2, 0.0, 0.0, 0.0),
         (8, 2.0, 0.25, 0.25),
         (1, 4.0, 2.0, 2.0),
@@ -65,7 +67,8 @@ def test_more_than_the_cluster_has_is_refused(seen):
 )
 def test_the_share_of_a_worker(workers: int, gpus: float, wanted: float, share: float):
     assert _share_of_gpus(workers, gpus, wanted) == pytest.approx(share)
-    assert workers * share <= gpus
+    # What is less than a GPU lies on one GPU.
+    assert workers <= (int(1 / share) * gpus if 0 < share <= 1 else max(gpus, workers))
 
 
 @pytest.mark.parametrize(

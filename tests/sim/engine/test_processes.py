@@ -41,16 +41,17 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_simulation_that_is_interrupted_leaves_no_process(tmp_path: Path, number: int):
     flag = tmp_path / "flag"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen(
-        [sys.executable, SCRIPT, flag],
-        env=environment,
-        start_new_session=True,  # as in a terminal: Ctrl-C goes to the whole group
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    with (tmp_path / "stderr").open("wb") as errors:
+        run = subprocess.Popen(
+            [sys.executable, SCRIPT, flag],
+            env=environment,
+            start_new_session=True,  # as in a terminal: Ctrl-C goes to the whole group
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
     try:
-        assert until(flag.exists) or run.poll() is None, run.communicate()[1]
+        assert until(flag.exists), (tmp_path / "stderr").read_text()
         processes = psutil.Process(run.pid).children(recursive=True)
         workers = [int(pid) for pid in flag.read_text().split()]
         assert set(workers) <= {one.pid for one in processes}
@@ -58,7 +59,10 @@ def test_a_simulation_that_is_interrupted_leaves_no_process(tmp_path: Path, numb
             os.killpg(run.pid, number)
         else:
             run.kill()
-        assert until(lambda: run.poll() is not None, 60)
+        if not until(lambda: run.poll() is not None, 60):
+            run.send_signal(signal.SIGABRT)  # tells where it hangs
+            run.wait(10)
+            raise AssertionError((tmp_path / "stderr").read_text()[-6000:])
         # Ray's own agents see only after a while that a driver was killed; its workers at once.
         mine = (
             processes if number == signal.SIGINT else [psutil.Process(i) for i in alive_of(workers)]
@@ -66,7 +70,7 @@ def test_a_simulation_that_is_interrupted_leaves_no_process(tmp_path: Path, numb
         assert until(lambda: not alive(mine), 60), alive(mine)
     finally:
         run.kill()
-        run.communicate()
+        run.wait()
 
 
 def test_closing_a_grid_stops_its_actors_and_leaves_a_ray_of_others_alone(grid_of):
