@@ -20,7 +20,7 @@ def minibatches(
     Batches hold ``batch_size`` records, the last one maybe fewer; 0 puts all into one batch.
     """
     total = len(records[1])
-    size = batch_size or total
+    size = batch_size or max(total, 1)  # of no records there are no batches
     for _ in range(epochs):
         order = torch.randperm(total, generator=generator)
         for start in range(0, total, size):

@@ -47,11 +47,13 @@ def compiled(
             return function(*arguments)
         try:
             return fast(*arguments)
+        except (MemoryError, torch.OutOfMemoryError):  # the next call may find more
+            return function(*arguments)
         except Exception as err:  # the compiler raises all kinds
             result = function(*arguments)  # raises where it is the input that is wrong
             is_broken = True
             if on_failure is None:
-                _warn_once(getattr(function, "__qualname__", repr(function)), _first_line(err))
+                _warn_once(getattr(function, "__qualname__", repr(function)), first_line(err))
             else:
                 on_failure(err)
             return result
@@ -76,6 +78,12 @@ def check_kernel(kernel: str) -> None:
         raise ConfigError(f"kernel = {kernel!r}: must be one of {', '.join(get_args(Kernel))}")
 
 
+def first_line(err: Exception) -> str:
+    """Return the kind of ``err`` and the first line of its text, cut to a length for a log."""
+    text = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
+    return f"{type(err).__name__}: {text}"[:300]
+
+
 def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function with a code object that no other function has."""
     if not isinstance(function, FunctionType):
@@ -90,8 +98,3 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=256)
 def _warn_once(what: str, reason: str) -> None:
     log(WARNING, "%s cannot be compiled (%s): it goes on without, more slowly", what, reason)
-
-
-def _first_line(err: Exception) -> str:
-    text = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
-    return f"{type(err).__name__}: {text}"[:300]

@@ -197,6 +197,7 @@ class Learner(NumPyClient):
             batches=batches,
             steps=steps,
             seeded=lambda: self.seeded(config),
+            batch_size=self.batch_size,
             is_plain=is_plain,
         )
 

@@ -42,9 +42,11 @@ def objective(model: nn.Module, loss_fn: LossFn) -> Objective:
                 return _mean_of_real(_losses(loss_fn, output, targets), batch[2])
             loss = loss_fn(output, targets)
         except IndexError as err:  # what torch's losses raise for a class beyond the last column
+            low, high = int(targets.min()), int(targets.max())
+            wrong = f"smallest target is {low}" if low < 0 else f"largest target is {high}"
             raise ModelError(
                 f"the output of {type(model).__name__} has shape {tuple(output.shape)}, the "
-                f"largest target is {int(targets.max())}: one column for each class is needed"
+                f"{wrong}: targets are the indices 0, 1, ... of its columns"
             ) from err
         if loss.ndim != 0:
             raise ModelError(
@@ -131,7 +133,7 @@ def takes_padding(loss: Objective, params: Params, batch: Batch) -> bool:
     larger = pad(batch, len(batch[1]) + 2)
     wanted_gradient, wanted = grad_and_value(lambda point: loss(point, batch), params)
     gradient, value = grad_and_value(lambda point: loss(point, larger), params)
-    close = 1e-4 if value.dtype == torch.float32 else 1e-9  # thousands of roundings
+    close = min(1e3 * torch.finfo(value.dtype).eps, 0.05)  # a thousand roundings
     away = torch.stack([(gradient[n] - w).norm() for n, w in wanted_gradient.items()])
     size = torch.stack([w.norm() for w in wanted_gradient.values()])
     return bool((value - wanted).abs() <= close * wanted.abs()) and bool(

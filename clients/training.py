@@ -16,24 +16,25 @@ import torch
 from flwr.common import log
 from torch import nn
 
+from ..streams import torch_seeded
 from .batches import joined, parts
 from .data import Batch, ClientData
-from .kernel import Kernel, compiled
+from .kernel import Kernel, compiled, first_line
 from .local_update import LocalResult, LocalUpdate, run_update
 from .objective import LossFn, Params
 
 SMALL = 16  # torch chooses another convolution from this batch size on
 HINTS = {False: 10, True: 64}  # batch sizes that compilation sees, below SMALL and from it on
-FIXED_SIZES = 4  # combinations of sizes that a rule is compiled for, where they must be known
 RULES_FOR_ONE = 4  # rules in a row that served one client each: compilation is then of no use
 OF_NO_USE = (
     "each client brings a model, a loss function or a predicate of its own, so nothing compiled "
-    "serves a second one: clients that come now run eagerly; build the model once in a process and "
-    "pass the same object"
+    "serves a second one: a client's first round in a process is eager from now on, and which bits "
+    "it gets then depends on the workers; build the model once in a process and pass the same "
+    "object"
 )
-TOO_MANY_SIZES = (
-    "this model's steps are compiled for each combination of batch sizes, and there are more than "
-    f"{FIXED_SIZES}: the others run eagerly; set batch-size, or order = 'first'"
+NO_SIZE = (
+    "the steps of this model are not compiled for open batch sizes (%s), and each client has sizes "
+    "of its own: they run eagerly; set batch-size, or order = 'first'"
 )
 
 
@@ -70,6 +71,7 @@ class LocalTraining:
         batches: its batches, from its data on any device: the same ones each time it is called.
         steps: their number.
         seeded: a block in which layers draw the client's own random numbers.
+        batch_size: records of a full batch; 0: all, so that each client has its own.
         is_plain: no layer draws random numbers, and all that the model holds are parameters that
             train; else it runs eagerly whatever the kernel.
     """
@@ -80,6 +82,7 @@ class LocalTraining:
     batches: Callable[[ClientData], Iterator[Any]]
     steps: Callable[[ClientData], int]
     seeded: Callable[[], AbstractContextManager[None]]
+    batch_size: int
     is_plain: bool
 
     @property
@@ -104,10 +107,10 @@ def run_alone(training: LocalTraining, data: ClientData, kernel: Kernel) -> Loca
 def run_compiled(training: LocalTraining, data: ClientData) -> LocalResult:
     """Run the training with its step compiled; the same up to rounding.
 
-    What is compiled depends on the rule and on the sizes of the batch, in two classes, alone: never
-    on which clients came before. Batches of one record, and those that what was compiled does not
-    cover, take the step as it is. Where the compiler must know each size, only the first
-    ``FIXED_SIZES`` combinations of them are compiled.
+    What is compiled depends on the rule, on the kind of the records and on the sizes of the batch,
+    in two classes, alone: never on which clients came before, but where each brings a rule of its
+    own (``OF_NO_USE``). Batches of one record take the step as it is. Where the compiler must know
+    each size, batches of exactly ``training.batch_size`` are compiled, and no others.
     """
     if not _compilers.serves(training.rule):
         return run_eagerly(training, data)
@@ -115,7 +118,8 @@ def run_compiled(training: LocalTraining, data: ClientData) -> LocalResult:
     state, losses = update.begin(training.params), []
     with training.seeded():
         for item in training.batches(data):
-            state = _advanced(training.rule, update, state, item)
+            step = _compilers.step_of(training, state, item)
+            state = update.step(state, item) if step is None else step(state, parts(item))
             losses.append(state.losses[0])
             state = state._replace(losses=())
     return update.finish(state._replace(losses=tuple(losses)))
@@ -136,13 +140,6 @@ def is_hashable(rule: Rule) -> bool:
     return True
 
 
-def _advanced(rule: Rule, update: LocalUpdate[Any, Any], state: Any, item: Any) -> Any:
-    """Return the state after the compiled step, or after the step as it is."""
-    sizes = tuple(len(targets) for _, targets in parts(item))
-    step = _compilers.step_of(rule, type(item), sizes) if min(sizes) > 1 else None
-    return update.step(state, item) if step is None else step(state, parts(item))
-
-
 class _Compilers:
     """The compiled steps of this process, by rule; the least recently used go out."""
 
@@ -152,53 +149,68 @@ class _Compilers:
         self._most = most
 
     def serves(self, rule: Rule) -> bool:
-        """Return whether a client of ``rule`` runs compiled, and count it."""
+        """Return whether a client of ``rule`` runs compiled, and count it.
+
+        After ``RULES_FOR_ONE`` rules in a row that one client had, a new one waits for its second.
+        """
         if not is_hashable(rule):
             return False
-        latest = list(self._uses.values())[-RULES_FOR_ONE:]
-        if rule not in self._uses and latest == [1] * RULES_FOR_ONE:
-            _warn_once(OF_NO_USE)
-            return False
+        is_new, latest = rule not in self._uses, list(self._uses.values())[-RULES_FOR_ONE:]
         self._uses[rule] = self._uses.pop(rule, 0) + 1
         self._steps[rule] = self._steps.pop(rule, {})
         if len(self._steps) > self._most:
             oldest = next(iter(self._steps))
             del self._steps[oldest], self._uses[oldest]
+        if is_new and latest == [1] * RULES_FOR_ONE:
+            _warn_once(OF_NO_USE)
+            return False
         return True
 
-    def step_of(self, rule: Rule, kind: type, sizes: tuple[int, ...]) -> "Step | None":
-        """Return the step for items of ``kind`` whose parts have ``sizes``; None: as it is."""
-        steps, threads = self._steps[rule], torch.get_num_threads()
-        large = tuple(size >= SMALL for size in sizes)
+    def step_of(self, training: LocalTraining, state: Any, item: Any) -> "Step | None":
+        """Return the step, compiled, for items like this one; None: to take it as it is."""
+        rule, batches = training.rule, parts(item)
+        sizes = tuple(len(targets) for _, targets in batches)
+        if min(sizes) <= 1:
+            return None
+        kinds = tuple((value.dtype, value.shape[1:]) for batch in batches for value in batch)
+        common = (type(item), kinds, torch.get_num_threads())
+        reason = "second derivatives of convolutions"
         if not _needs_sizes(rule):
-            key: tuple[Any, ...] = ("open", kind, large, threads)
-            if key not in steps:
-                steps[key] = Step(rule, kind, tuple(HINTS[one] for one in large), is_open=True)
-            if steps[key].is_open:
-                return steps[key]
-        key = ("fixed", kind, sizes, threads)
+            large = tuple(size >= SMALL for size in sizes)
+            hints = tuple(HINTS[one] for one in large)
+            step = self._ready(("open", large, *common), rule, hints, state, item)
+            if step.is_open:
+                return step
+            reason = step.reason
+        if training.batch_size == 0:
+            _warn_once(NO_SIZE % reason)
+        if set(sizes) != {training.batch_size}:
+            return None
+        return self._ready(("fixed", sizes, *common), rule, sizes, state, item)
+
+    def _ready(
+        self, key: tuple[Any, ...], rule: Rule, sizes: tuple[int, ...], state: Any, item: Any
+    ) -> "Step":
+        """Return the step of ``rule`` with this key, compiled for batches of ``sizes``."""
+        steps = self._steps[rule]
         if key not in steps:
-            if sum(name == "fixed" for name, *_ in steps) >= FIXED_SIZES:
-                _warn_once(TOO_MANY_SIZES)
-                return None
-            steps[key] = Step(rule, kind, sizes, is_open=False)
+            step = Step(rule, type(item), is_open=key[0] == "open")
+            step.prepare(state, parts(item), sizes)  # raises where it is this client that fails
+            steps[key] = step
         return steps[key]
 
 
 class Step:
-    """``step(state, batches)``, compiled at the first call for batches of sizes ``hints``.
-
-    Sizes that came first would otherwise decide, by the compiler's heuristics, how the others are
-    rounded.
+    """``step(state, batches)``, compiled by ``prepare``.
 
     Attributes:
         is_open: one compilation serves other sizes too.
+        reason: why not, where it was meant to.
     """
 
-    def __init__(self, rule: Rule, kind: type, hints: tuple[int, ...], *, is_open: bool) -> None:
+    def __init__(self, rule: Rule, kind: type, *, is_open: bool) -> None:
         self.is_open = is_open
-        self._hints = hints
-        self._is_ready = False
+        self.reason = ""
         update = rule.update()
 
         def local_step(state: Any, batches: tuple[Batch, ...]) -> Any:
@@ -208,19 +220,23 @@ class Step:
 
     def __call__(self, state: Any, batches: tuple[Batch, ...]) -> Any:
         """Return the state after the step."""
-        if not self._is_ready:
-            of_hints = zip(self._hints, batches, strict=True)
-            self._fast(
-                state, tuple(self._marked(_of_size(size, batch)) for size, batch in of_hints)
-            )
-            self._is_ready = True
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._fast(state, tuple(map(self._marked, batches)))
 
+    def prepare(self, state: Any, batches: tuple[Batch, ...], sizes: tuple[int, ...]) -> None:
+        """Compile the step for batches of ``sizes``, made of the records of ``batches``.
+
+        Sizes that came first would otherwise decide, by the compiler's heuristics, how the others
+        are rounded. The client's random numbers stay as they are.
+        """
+        of_sizes = zip(sizes, batches, strict=True)
+        examples = tuple(self._marked(_of_size(size, batch)) for size, batch in of_sizes)
+        with torch_seeded(0, "compilation", device=str(batches[0][1].device)):
+            self._fast(state, examples)
+
     def _close(self, err: Exception) -> None:
         """Note that the compiler does not know the step for open sizes."""
-        del err
-        self.is_open = False
+        self.is_open, self.reason = False, first_line(err)
 
     def _marked(self, batch: Batch) -> Batch:
         """Return the same batch, its first dimension marked as open to the compiler."""

@@ -75,3 +75,9 @@ def away(found, wanted, sent):
         far.append(sum(((a - b) ** 2).sum() for a, b, _ in pairs) ** 0.5 / size)
         far += [abs(metrics[key] - value) / abs(value) for key, value in other_metrics.items()]
     return max(map(float, far))
+
+
+def distance(clients, **options):
+    """Return how far the replies of a cohort are from those of its clients one by one."""
+    found = by_cohort(clients, **options)
+    return away(found, one_by_one(clients), clients[0].get_parameters({}))

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from metabloom.clients import ClientData, SGDClient, cohort, objective, training
-from metabloom.clients.batches import pad
+from metabloom.clients import ClientData, SGDClient, cohort, room, training
 from metabloom.clients.cohort import run_cohort
 from metabloom.clients.room import Room
 from metabloom.errors import ModelError
@@ -20,6 +19,7 @@ from tests.clients.cohorts import (
     away,
     by_cohort,
     data_of,
+    distance,
     one_by_one,
     ragged,
     trainings,
@@ -37,11 +37,6 @@ def warned(monkeypatch):
     said = []
     monkeypatch.setattr(cohort, "log", lambda level, text, *values: said.append(text % values))
     return said
-
-
-def distance(clients, **options):
-    found = by_cohort(clients, **options)
-    return away(found, one_by_one(clients), clients[0].get_parameters({}))
 
 
 # --- the same as the eager loop ----------------------------------------------------------------
@@ -114,52 +109,6 @@ def test_a_client_that_has_ended_takes_no_more_steps():
     assert distance(clients) < TOLERANCE[torch.float64]
 
 
-# --- what is padded has no share ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e300])
-@pytest.mark.parametrize("loss_fn", [CROSS_ENTROPY, lambda o, t: CROSS_ENTROPY(o, t)])
-def test_what_masked_records_hold_contributes_exactly_zero(junk, loss_fn):
-    model = small_net()
-    loss = objective.objective(model, loss_fn)
-    inputs, targets, mask = pad(records(5, 0), 9)
-    spoilt = torch.where(mask[:, None], inputs, junk), torch.where(mask, targets, 999), mask
-    clean = torch.func.grad_and_value(loss)(weights(model), (inputs, targets, mask))
-    found = torch.func.grad_and_value(loss)(weights(model), spoilt)
-    wanted = torch.func.grad_and_value(loss)(weights(model), records(5, 0))
-    assert torch.equal(found[1], clean[1])
-    torch.testing.assert_close(found[1], wanted[1], rtol=1e-14, atol=0)
-    for name, value in wanted[0].items():
-        assert torch.equal(found[0][name], clean[0][name])
-        torch.testing.assert_close(found[0][name], value, rtol=1e-13, atol=1e-15)
-
-
-WRONG = {
-    "the mask left out": lambda losses, mask: losses.mean(),
-    "divided by the padded count": lambda losses, mask: torch.where(mask, losses, 0).mean(),
-    "the sum": lambda losses, mask: torch.where(mask, losses, 0).sum(),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_the_comparison_sees_a_wrong_mean(wrong, monkeypatch, warned):
-    clients = ragged("fedavg")
-    monkeypatch.setattr(objective, "_mean_of_real", WRONG[wrong])
-    monkeypatch.setattr(cohort, "takes_padding", lambda *some: True)  # which would refuse it
-    monkeypatch.setattr(cohort, "_padded", {})
-    assert distance(clients) > 1e-3
-    assert not warned
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_mean_that_padding_changes_is_refused_beforehand(wrong, monkeypatch):
-    model = small_net()
-    loss = objective.objective(model, CROSS_ENTROPY)
-    assert objective.takes_padding(loss, weights(model), records(5, 0))
-    monkeypatch.setattr(objective, "_mean_of_real", WRONG[wrong])
-    assert not objective.takes_padding(loss, weights(model), records(5, 0))
-
-
 # --- what goes another way ---------------------------------------------------------------------
 
 
@@ -198,9 +147,9 @@ def frozen():
 @pytest.mark.parametrize(
     ("model", "loss_fn", "says"),
     [
-        (Centred, CROSS_ENTROPY, "padding changes the loss"),
+        (Centred, CROSS_ENTROPY, "padding may change the loss (the model mixes records"),
         (small_net, partial(CROSS_ENTROPY, weight=torch.tensor([1.0, 2, 3]).double()), "padding"),
-        (Hidden, CROSS_ENTROPY, "run one after another"),
+        (Hidden, CROSS_ENTROPY, "padding may change the loss"),
         (dropout, CROSS_ENTROPY, ""),
         (frozen, CROSS_ENTROPY, ""),
         (lambda: initialised(Shifted()).double(), CROSS_ENTROPY, ""),  # has buffers
@@ -213,19 +162,6 @@ def test_what_cannot_be_computed_at_once_is_computed_eagerly(model, loss_fn, say
         assert same(found[0], wanted[0])
     assert len(warned) == bool(says)
     assert says in "".join(warned)
-
-
-def test_a_loss_with_class_weights_is_known_by_classes_that_no_client_has():
-    # Each client has class 0 alone, for which the weighted mean is the mean.
-    clients = ragged(
-        "fedavg", sizes=(3, 5), loss_fn=partial(CROSS_ENTROPY, weight=torch.arange(3.0).double())
-    )
-    for seed, one in enumerate(clients):
-        (x, y), (xq, yq) = one.data.support, one.data.query
-        one._data = ClientData((x, y * 0), (xq, yq * 0))
-        assert seed < 2
-    with pytest.raises(ModelError, match="padding changes the loss"):
-        cohort._check_padding([cohort._Row(i, t) for i, t in enumerate(trainings(clients)[0])])
 
 
 def test_options_without_a_hash_are_no_obstacle():
@@ -269,6 +205,53 @@ def test_a_client_that_raises_is_alone_with_it(data, error, warned):
     assert not warned
 
 
+class Table(nn.Module):
+    """Has a row of numbers for each of five tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.rows(x.long()).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("token", [-1, 5, 7])
+@pytest.mark.parametrize("part", [0, 1], ids=["support", "query"])
+def test_an_input_out_of_range_reads_no_other_client_s_parameters(token, part, dtype):
+    model = initialised(Table())
+
+    def client(seed, spoilt):
+        draw = torch.Generator().manual_seed(seed)
+        split = [torch.randint(5, (3, 3), generator=draw).to(dtype) for _ in range(2)]
+        if spoilt:
+            split[part][2, 1] = token
+        data = ClientData(*((inputs, torch.arange(3)) for inputs in split))
+        return SGDClient(model, data, name=str(seed), local_epochs=3)
+
+    clients = [client(seed, spoilt=seed == 1) for seed in range(3)]
+    asked, sent = trainings(clients)
+    outcomes = run_cohort(asked)
+    assert isinstance(outcomes.pop(1), IndexError)
+    del clients[1]
+    found = [one.answered(out, sent, CONFIG) for one, out in zip(clients, outcomes, strict=True)]
+    assert away(found, one_by_one(clients), sent) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("batch_size", [0, 4])
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
+def test_a_client_without_records_answers_what_it_received(batch_size, kernel):
+    nothing = (torch.zeros(0, 3).double(), torch.zeros(0, dtype=torch.int64))
+    clients = ragged("fedavg", sizes=(3, 3, 5), batch_size=batch_size, kernel=kernel)
+    clients[1]._data = ClientData(nothing, nothing)
+    for replies in (by_cohort(clients), one_by_one(clients)):
+        assert same(replies[1][0], clients[1].get_parameters({}))
+        assert replies[1][1] == 0
+        assert not same(replies[0][0], clients[0].get_parameters({}))
+
+
 def test_an_empty_part_is_computed_alone():
     clients = ragged("maml", sizes=(3, 5))
     empty = (torch.zeros(0, 3).double(), torch.zeros(0, dtype=torch.int64))
@@ -305,6 +288,12 @@ def test_where_one_client_is_too_many_each_runs_eagerly(monkeypatch, warned):
     for found, wanted in zip(by_cohort(clients), one_by_one(clients), strict=True):
         assert same(found[0], wanted[0])
     assert "one client needs more memory than there is" in warned[0]
+
+
+def test_what_was_too_much_for_the_memory_is_remembered(monkeypatch):
+    monkeypatch.setattr(room, "_bytes_of", {"group": 8.0, "other": 8.0})
+    Room("group", torch.device("cpu")).halve(6)
+    assert room._bytes_of == {"group": 16.0, "other": 8.0}
 
 
 def test_room_on_a_cpu_is_a_constant():
