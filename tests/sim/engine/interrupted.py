@@ -3,6 +3,7 @@
 It writes FLAG once its clients are at work, which never end by themselves.
 """
 
+import signal
 import sys
 import threading
 import time
@@ -25,4 +26,6 @@ def main(flag: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Jobs that a shell starts in the background ignore Ctrl-C, and so do those they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(Path(sys.argv[1]))
