@@ -259,7 +259,8 @@ def page_of(rows: list[Row], machine: str) -> str:
         "`python benchmarks/dp_step.py`",
         "",
         f"{machine}. Medians of the processor's time: read the ratios, which come from turns, "
-        "rather than the times. The first steps are by the clock and hold the compilation, or reading it from the disk.",
+        "rather than the times. The first steps are by the clock and hold the compilation, or "
+        "reading it from the disk.",
         "",
         "| model | batch | side | ms | times as fast as Opacus | first steps, s | away |",
         "|---|---|---|---|---|---|---|",
