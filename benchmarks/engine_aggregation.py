@@ -84,7 +84,8 @@ def lines(setting: Setting) -> Iterator[Line]:
     for megabytes in (0.01,) if setting.quick else (1.0, 10.0):
         clients = 8 if setting.quick else 1000
         held = clients if setting.quick else fitting(clients, megabytes)
-        job = {"clients": held, "megabytes": megabytes, "repeats": 2 if setting.quick else 5}
+        repeats = 2 if setting.quick else 5
+        job = {"clients": held, "megabytes": megabytes, "repeats": repeats, "peak": True}
         memory = setting.turns.run(job, 0, script)
         pairs = zip(memory["Flower"], memory["ours"], strict=True)
         each = {side: 1e3 * median(memory[side]) / held for side in ("ours", "Flower")}
@@ -104,6 +105,7 @@ def lines(setting: Setting) -> Iterator[Line]:
                 "megabytes": megabytes,
                 "summed": summed,
                 "keep": [3],
+                "peak": True,
             }
             for name, summed in (("streamed", True), ("replies", False))
             if summed or held == clients

@@ -23,8 +23,10 @@ ABOUT = (
     "stands only where the models of all sides agree within 1e-5 after the first round, and those "
     "of Flower's engine and ours, both eager, after the last one too. (Later rounds of pfl draw "
     "other batches, and where ReLU and max-pooling have a kink, the rounding in which kernels "
-    "differ grows over the rounds.) The machine did other work at the same time: read the ratios "
-    "rather than the seconds. Memory is proportional (PSS), driver, actors and Ray's own processes "
+    "differ grows over the rounds.) The bars are for the compiled kernel, which a run of some "
+    "length takes by itself; eager is shown beside it. The cores are those of a shared host, whose "
+    "speed drifts: read the ratios rather than the seconds. Memory is proportional (PSS), driver, "
+    "actors and Ray's own processes "
     "together."
 )
 

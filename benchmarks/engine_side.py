@@ -43,7 +43,8 @@ class Job(TypedDict, total=False):
     ``megabytes`` of the model, ``step`` that clients add to it. ``summed``: False: without partial
     sums. ``keep``: rounds whose model is written. ``memory_every``:
     rounds after which resident memory is noted; 0: never. ``compile_cache``: where the compiler
-    keeps what it made, heeded by ``Turns``. ``gpus``: share of a GPU for each of Flower's clients.
+    keeps what it made, heeded by ``Turns``, as is ``peak``: whether the peak of memory is measured,
+    which takes time. ``gpus``: share of a GPU for each of Flower's clients.
     """
 
     engine: str
@@ -57,6 +58,7 @@ class Job(TypedDict, total=False):
     keep: list[int]
     memory_every: int
     compile_cache: str
+    peak: bool
     gpus: float
 
 

@@ -111,7 +111,7 @@ class Turns:
         return found
 
     def run(self, job: Mapping[str, Any], turn: int, command: Sequence[str]) -> dict[str, Any]:
-        """Return what a job found, with the peak of its memory; from the folder where it is done.
+        """Return what a job found, from the folder where it is done; with ``peak``, its memory too.
 
         Raises:
             RuntimeError: where it fails, with the end of what it said.
@@ -130,7 +130,9 @@ class Turns:
             cache = job.get("compile_cache")
             environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {}
             command = [*command, str(folder / "job.json"), str(folder)]
-            peak = self._process(command, folder, environment)
+            peak = self._process(
+                command, folder, environment, is_measured=bool(job.get("peak", False))
+            )
             found = {**json.loads((folder / "found.json").read_text()), "peak_mb": peak}
         if found.get("failures"):
             raise RuntimeError(f"{text}: clients failed: {found['failures']}")
@@ -138,9 +140,17 @@ class Turns:
         return {**found, "folder": str(folder)}
 
     def _process(
-        self, command: Sequence[str], folder: Path, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        is_measured: bool,
     ) -> float:
-        """Run a command, nothing of which is left behind, and return the peak of its memory."""
+        """Run a command, nothing of which is left behind, and return the peak of its memory.
+
+        That is 0 where it is not measured: see ``Peak``.
+        """
         log = folder / "log.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -151,7 +161,8 @@ class Turns:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        with Peak(process.pid) as peak:
+        every_s = 0.25 if is_measured else 1.0
+        with Peak(process.pid, every_s, is_measured=is_measured) as peak:
             try:
                 process.wait(self.timeout_s)
             finally:

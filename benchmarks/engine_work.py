@@ -32,6 +32,7 @@ WORKS: dict[str, dict[str, Any]] = {
         "inner-steps": 1,
         "inner-lr": 0.1,
         "split": "fixed",
+        "batch-size": 25,  # all of either: the compiler must know it for second derivatives
         "server-optimizer": "sgd",
         "outer-lr": 0.1,
     },

@@ -22,6 +22,7 @@ from .data import Batch, ClientData
 from .kernel import Kernel, compiled, first_line
 from .local_update import LocalResult, LocalUpdate, run_update
 from .objective import LossFn, Params
+from .one_channel import OneChannelAsMatrix
 
 SMALL = 16  # torch chooses another convolution from this batch size on
 HINTS = {False: 10, True: 64}  # batch sizes that compilation sees, below SMALL and from it on
@@ -116,10 +117,16 @@ def run_compiled(training: LocalTraining, data: ClientData) -> LocalResult:
         return run_eagerly(training, data)
     update = training.rule.update()
     state, losses = update.begin(training.params), []
+    looked_at: set[Step] = set()
     with training.seeded():
         for item in training.batches(data):
             step = _compilers.step_of(training, state, item)
-            state = update.step(state, item) if step is None else step(state, parts(item))
+            if step is None:
+                state = update.step(state, item)
+            else:
+                state = step(state, parts(item), looked_at=step in looked_at)
+                if not step.ran_eagerly:
+                    looked_at.add(step)
             losses.append(state.losses[0])
             state = state._replace(losses=())
     return update.finish(state._replace(losses=tuple(losses)))
@@ -206,22 +213,37 @@ class Step:
     Attributes:
         is_open: one compilation serves other sizes too.
         reason: why not, where it was meant to.
+        ran_eagerly: in the last call, for something had changed that the compiler looks at first.
     """
 
     def __init__(self, rule: Rule, kind: type, *, is_open: bool) -> None:
         self.is_open = is_open
         self.reason = ""
+        self.ran_eagerly = False
         update = rule.update()
 
         def local_step(state: Any, batches: tuple[Batch, ...]) -> Any:
-            return update.step(state, joined(kind, batches))
+            if not torch.compiler.is_compiling():
+                self.ran_eagerly = True
+            with OneChannelAsMatrix():
+                return update.step(state, joined(kind, batches))
 
         self._fast = compiled(local_step, on_failure=self._close if is_open else None)
 
-    def __call__(self, state: Any, batches: tuple[Batch, ...]) -> Any:
-        """Return the state after the step."""
-        with torch.compiler.set_stance("eager_on_recompile"):
-            return self._fast(state, tuple(map(self._marked, batches)))
+    def __call__(self, state: Any, batches: tuple[Batch, ...], *, looked_at: bool = False) -> Any:
+        """Return the state after the step.
+
+        Args:
+            state: before it.
+            batches: of it.
+            looked_at: a compiled step of the same client and kind went before. What the compiler
+                looks at first (the model's layers, torch's settings), which takes it a tenth of the
+                time, then cannot have changed.
+        """
+        self.ran_eagerly = False
+        with torch.compiler.set_stance("eager_on_recompile", skip_guard_eval_unsafe=looked_at):
+            after = self._fast(state, tuple(map(self._marked, batches)))
+        return after._replace(params=_laid_out_like(state.params, after.params))
 
     def prepare(self, state: Any, batches: tuple[Batch, ...], sizes: tuple[int, ...]) -> None:
         """Compile the step for batches of ``sizes``, made of the records of ``batches``.
@@ -247,6 +269,19 @@ class Step:
 
 
 _compilers = _Compilers()
+
+
+def _laid_out_like(before: Params, after: Params) -> Params:
+    """Return ``after`` with the strides of ``before``, for which the step was compiled.
+
+    The compiler may leave weights of convolutions in a layout of its own.
+    """
+    return {
+        name: value
+        if value.stride() == before[name].stride()
+        else torch.empty_like(before[name]).copy_(value)
+        for name, value in after.items()
+    }
 
 
 def _needs_sizes(rule: Rule) -> bool:

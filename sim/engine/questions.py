@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-BLOCKS = 64  # a round of many clients is cut into about so many ...
+BLOCKS = 32  # a round of many clients is cut into about so many ...
 LARGEST = 32  # ... of at most so many clients
 COHORT = 128  # clients of a block that are computed at once, on a GPU
 
