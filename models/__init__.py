@@ -12,7 +12,9 @@ from ._check import check_layers, check_model, head_names
 from .char_lstm import CharLSTM
 from .cnn import FemnistCNN
 from .conv4 import Conv4
+from .distillation import cross_entropy, distillation_loss, kl_to, soft_cross_entropy
 from .mlp import MLP
+from .mutual_distillation import MutualLosses, mutual_losses
 
 discover(__name__, list(__path__))
 
@@ -22,9 +24,15 @@ __all__ = [
     "CharLSTM",
     "Conv4",
     "FemnistCNN",
+    "MutualLosses",
     "build_model",
     "check_layers",
     "check_model",
+    "cross_entropy",
+    "distillation_loss",
     "head_names",
+    "kl_to",
+    "mutual_losses",
     "register_model",
+    "soft_cross_entropy",
 ]
