@@ -63,6 +63,8 @@ KEPT_TO: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *(
                 "strategies/rules.py",
                 "strategies/aggregation.py",
+                "strategies/consensus.py",
+                "strategies/sound_outputs.py",
                 "clients/meta_gradient.py",
                 "clients/local_update.py",
             ),
