@@ -16,6 +16,8 @@ from .federation import (
     register_dataset,
 )
 from .grid import CohortGrid
+from .public import PublicData, check_agrees, fingerprint_of, held_out_rows
+from .public_sources import load_public
 
 _discover(_datasets.__name__, list(_datasets.__path__))
 
@@ -24,11 +26,16 @@ __all__ = [
     "CohortGrid",
     "DataSpec",
     "Federation",
+    "PublicData",
     "Records",
     "Role",
     "Split",
+    "check_agrees",
     "dataset_spec",
     "federate",
+    "fingerprint_of",
+    "held_out_rows",
     "load_federation",
+    "load_public",
     "register_dataset",
 ]

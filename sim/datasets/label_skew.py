@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from ...registry import Registry
 from ...streams import numpy_stream, stream_seed
 from ..federation import register_dataset
 from ._partition import divide
@@ -21,6 +22,8 @@ from ._torchvision import VisionSet, train_images
 DEFAULT_CLIENTS = 100
 SPLIT = Split(support_fraction=0.8)  # the usual share of a client that trains
 
+VISION_SETS: Registry[VisionSet] = Registry("torchvision data set")
+
 Partition = Literal["dirichlet", "pathological", "iid"]
 Alpha = Annotated[float, Field(gt=0)]
 Limit = Annotated[int, Field(ge=0)]
@@ -28,6 +31,7 @@ Limit = Annotated[int, Field(ge=0)]
 
 def register_vision_set(name: str, source: VisionSet) -> None:
     """Register a torchvision classification set under ``name``, divided by label skew."""
+    VISION_SETS.add(name, source)
     spec = DataSpec(source.input_shape, source.num_classes, "cnn", {"dense": 128})
 
     @register_dataset(name, spec, split=SPLIT)
