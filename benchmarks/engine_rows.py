@@ -83,7 +83,7 @@ def seconds(found: Found) -> str:
 
 def against_flower(setting: Setting) -> Iterator[Line]:
     """Yield the lines of each work and number of clients."""
-    plan = {100: (5, 3), 1000: (3, 2), 10: (6, 3), 500: (3, 2)}  # clients: rounds, turns
+    plan = {100: (6, 3), 1000: (3, 2), 10: (6, 3), 500: (3, 2)}  # clients: rounds, turns
     bars = {100: (3.0, 5.0), 1000: (6.0, 12.0)}
     for clients, (rounds, repeats) in ({4: (3, 1)} if setting.quick else plan).items():
         for work in ("FedAvg", "MAML"):

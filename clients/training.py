@@ -153,6 +153,7 @@ class _Compilers:
     def __init__(self, most: int = 16) -> None:
         self._steps: dict[Rule, dict[tuple[Any, ...], Step]] = {}
         self._uses: dict[Rule, int] = {}
+        self._needs_sizes: dict[Rule, bool] = {}
         self._most = most
 
     def serves(self, rule: Rule) -> bool:
@@ -168,6 +169,7 @@ class _Compilers:
         if len(self._steps) > self._most:
             oldest = next(iter(self._steps))
             del self._steps[oldest], self._uses[oldest]
+            self._needs_sizes.pop(oldest, None)
         if is_new and latest == [1] * RULES_FOR_ONE:
             _warn_once(OF_NO_USE)
             return False
@@ -182,7 +184,9 @@ class _Compilers:
         kinds = tuple((value.dtype, value.shape[1:]) for batch in batches for value in batch)
         common = (type(item), kinds, torch.get_num_threads())
         reason = "second derivatives of convolutions"
-        if not _needs_sizes(rule):
+        if rule not in self._needs_sizes:  # it goes through all layers
+            self._needs_sizes[rule] = _needs_sizes(rule)
+        if not self._needs_sizes[rule]:
             large = tuple(size >= SMALL for size in sizes)
             hints = tuple(HINTS[one] for one in large)
             step = self._ready(("open", large, *common), rule, hints, state, item)

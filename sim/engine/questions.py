@@ -9,8 +9,8 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-BLOCKS = 32  # a round of many clients is cut into about so many ...
-LARGEST = 32  # ... of at most so many clients
+BLOCKS = 32  # a round of many clients is cut into so many, which 2, 4, 8 and 16 workers share ...
+LARGEST = 32  # ... or into a multiple of it, so that none has more clients
 COHORT = 128  # clients of a block that are computed at once, on a GPU
 
 Part = Any  # what a reducer made of the replies of a block; it can be pickled
@@ -98,7 +98,7 @@ def cut(
     *,
     in_cohorts: bool = False,
 ) -> list[Block]:
-    """Return consecutive blocks of ``questions``, one reducer each.
+    """Return consecutive blocks of ``questions``, one reducer each, of sizes one apart at most.
 
     Args:
         questions: in the order of their messages.
@@ -106,7 +106,6 @@ def cut(
         reducers: what sums up the reply to each.
         in_cohorts: whether clients of a block are computed at once: then blocks are large.
     """
-    size = COHORT if in_cohorts else min(max(1, math.ceil(len(questions) / BLOCKS)), LARGEST)
     known = [one for one in seconds if one is not None]
     usual = sum(known) / len(known) if known else 0.0
     blocks: list[Block] = []
@@ -114,8 +113,12 @@ def cut(
         zip(questions, seconds, reducers, strict=True), key=lambda one: one[2]
     ):
         alike = list(run)
-        for begin in range(0, len(alike), size):
-            part = alike[begin : begin + size]
+        total = len(alike)
+        count = min(total, BLOCKS * math.ceil(total / (BLOCKS * LARGEST)))
+        if in_cohorts:
+            count = math.ceil(total / COHORT)
+        for begin, end in itertools.pairwise(total * place // count for place in range(count + 1)):
+            part = alike[begin:end]
             cost = sum(usual if known is None else known for _, known, _ in part)
             blocks.append(Block(tuple(question for question, _, _ in part), reducer, cost))
     return blocks

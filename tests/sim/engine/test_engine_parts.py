@@ -36,9 +36,18 @@ def test_blocks_are_consecutive_of_like_reducers_and_of_bounded_size(count: int,
 
 def test_a_block_costs_what_its_clients_took_and_new_ones_the_mean():
     blocks = cut(questions(130), [1.0, 3.0, None] + [2.0] * 127, [None] * 130)
-    assert [len(one.questions) for one in blocks[:2]] == [3, 3]
-    assert blocks[0].cost == pytest.approx(1.0 + 3.0 + 2.0)
-    assert blocks[1].cost == pytest.approx(6.0)
+    assert [len(one.questions) for one in blocks[:2]] == [4, 4]
+    assert blocks[0].cost == pytest.approx(1.0 + 3.0 + 2.0 + 2.0)
+    assert blocks[1].cost == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks"), [(3, 3), (32, 32), (100, 32), (1000, 32), (1025, 64), (10_000, 320)]
+)
+def test_a_round_is_cut_so_that_two_to_sixteen_workers_have_equal_shares(count: int, blocks: int):
+    sizes = [len(one.questions) for one in cut(questions(count), [None] * count, [None] * count)]
+    assert len(sizes) == blocks
+    assert max(sizes) - min(sizes) <= 1
 
 
 def state(value: float, size: int = 1000) -> RecordDict:
@@ -159,7 +168,7 @@ def test_replies_are_summed_up_where_they_are_made(grid_of, workers: int):
     assert not any("arrays" in one.content for one in replies if one.has_content())
     ids = [one for ids, _ in handle.parts for one in ids]
     assert ids == [one.metadata.message_id for one in asked]
-    assert len(handle.parts) == 50
+    assert len(handle.parts) == 32
     total = sum(part for _, part in handle.parts)
     assert total.tolist() == [sum(i + 1 for i in range(200) if i != 3)] * 3
     # And only those messages: the next ones are as they are.
