@@ -118,10 +118,10 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
     # Torch takes seconds to import: only the command that computes pays for it.
     from .server_app import run
     from .simulation import as_carried_out, cohort_grid
-    from .task import federation_of, idle_keys, model_of, recipe_of
+    from .task import federation_of, idle_keys, models_of, recipe_of
 
     config = as_carried_out(config)
-    recipe_of(config), model_of(config)  # refuse before data are read
+    recipe_of(config), models_of(config)  # refuse before data are read
     for key in idle_keys(config):
         console.print(f"{key} has no effect under {config.strategy}")
     federation = federation_of(config)

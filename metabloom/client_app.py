@@ -17,8 +17,8 @@ from .errors import ConfigError, MissingDataError
 from .pins import KEYS, ROOT, privacy_of
 from .sim import Federation
 from .strategies import Recipe
-from .task import device_of, federation_of, model_of, recipe_of
-from .wire import CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
+from .task import architectures_of_clients, device_of, federation_of, models_of, recipe_of
+from .wire import ARCHITECTURE, CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
 FEWEST = 3  # nodes
 STATE_ROOT = "state-root"  # a key of the run config, and of a node's own
@@ -32,7 +32,7 @@ class _Task:
 
     config: RunConfig
     recipe: Recipe
-    model: nn.Module
+    models: dict[str, nn.Module]
     device: str
     kernel: Kernel
 
@@ -47,7 +47,7 @@ def _task(run_config: tuple[tuple[str, type, object], ...]) -> _Task:
     """Return the task of a run config, built once a process."""
     config = RunConfig.read({key: value for key, _, value in run_config})
     recipe = recipe_of(config)
-    return _Task(config, recipe, model_of(config), device_of(config), kernel_of(config))
+    return _Task(config, recipe, models_of(config), device_of(config), kernel_of(config))
 
 
 def client_fn(context: Context) -> Learner:
@@ -58,8 +58,9 @@ def client_fn(context: Context) -> Learner:
     config, recipe = task.config, task.recipe
     with _guarded(context, config):
         federation, index = _place(context, config)
+        architecture = _architecture(context, config, federation, index)
     return CLIENTS[recipe.client](
-        task.model,
+        task.models[architecture],
         lambda: federation.client(index),
         inner_lr=config.inner_lr,
         eval_steps=config.adaptation_steps,
@@ -88,10 +89,12 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
     privacy = privacy_of(context.node_config, config, federation.client_ids[index])
     if privacy is not None and federation.has_fixed_split(index):
         raise ConfigError(f"{config.dataset}: {DEPENDENT}")
+    architecture = _architecture(context, config, federation, index)
     return {
         ROLE: federation.roles[index],
         CLIENT_NAME: federation.client_ids[index],
         DROPPED: federation.dropped,
+        **({ARCHITECTURE: architecture} if architecture else {}),
     }
 
 
@@ -111,6 +114,24 @@ def store_of(context: Context, config: RunConfig) -> ClientStore | None:
         return None
     root = str(context.node_config.get(STATE_ROOT, "")) or config.state_root
     return ClientStore(Path(root).expanduser() if root else Path(config.out) / STATE_FOLDER)
+
+
+def _architecture(context: Context, config: RunConfig, federation: Federation, index: int) -> str:
+    """Return the architecture of a node, its own word first; "" where all have one model.
+
+    Raises:
+        ConfigError: where the node's is none of the run's.
+    """
+    own, names = str(context.node_config.get(ARCHITECTURE, "")), [one.name for one in config.kinds]
+    if not names:
+        return ""
+    if own and own not in names:
+        raise ConfigError(
+            f"this node's config says architecture = {own!r}, the run's architectures are "
+            f"{', '.join(names)}: correct the node's, or add it to the run's"
+        )
+    nodes = int(context.node_config[NUM_PARTITIONS])
+    return own or architectures_of_clients(config, nodes)[federation.client_ids[index]]
 
 
 def _guarded(context: Context, config: RunConfig) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, field_validator, model_validator
 
+from .architectures import Architecture, architectures_of
 from .config_keys import DATA_ENVIRONMENT_VARIABLE, RunKeys
 from .errors import ConfigError, nearest
 from .keys import Scalar, flattened, key_of
@@ -65,6 +66,21 @@ class RunConfig(RunKeys):
         return text if text == "auto" else str(int(text))
 
     @model_validator(mode="after")
+    def _architectures_stand_in_the_place_of_one_model(self) -> Self:
+        for name in ("model", "model_args"):
+            if self.kinds and getattr(self, name):
+                raise ValueError(
+                    f"{key_of(name)} is set beside architectures, which list the models with their "
+                    "options: leave one of the two out"
+                )
+        if self.kinds and self.is_user_private:
+            raise ValueError(
+                "user-privacy with architectures: its noise is made for one sum over all clients, "
+                "and each architecture has a sum of its own; use one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _workers_are_there_where_they_are_described(self) -> Self:
         for name in ("ray_address", "gpus_per_worker", "client_timeout_s"):
             if self.workers == "0" and getattr(self, name):
@@ -104,6 +120,11 @@ class RunConfig(RunKeys):
                 "use 'mean'"
             )
         return self
+
+    @property
+    def kinds(self) -> tuple[Architecture, ...]:
+        """The architectures of the clients; empty where there is one model for all."""
+        return architectures_of(self.architectures)
 
     @property
     def is_private(self) -> bool:

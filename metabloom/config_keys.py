@@ -34,6 +34,11 @@ class RunKeys(BaseModel):
         "", description="registry name of the model; empty: the data set's usual one"
     )
     model_args: str = Field("", description="options of the model, e.g. 'hidden=128'")
+    architectures: str = Field(
+        "",
+        description="several models in the place of one, shared out among the clients, e.g. "
+        "'small: mlp hidden=32; cnn'; a node's own key architecture says which it has",
+    )
     plugins: str = Field(
         "", description="modules with strategies, data sets or models of your own, with commas"
     )

@@ -10,6 +10,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from .architectures import joined
 from .config import RunConfig
 from .errors import MetabloomError
 from .execution import idle_under_flower, kernel_under_flower
@@ -18,7 +19,7 @@ from .sim.beside_flower import await_ray_of
 from .sim.results import results_of, write_results
 from .simulation import as_carried_out, cohort_grid
 from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
-from .task import idle_keys, model_of, recipe_of
+from .task import idle_keys, models_of, recipe_of
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
@@ -53,7 +54,8 @@ def run(
         MetabloomError: where the configuration, the model, the data or the checkpoint to resume
             from cannot work; once the results are written, where no round had enough good replies.
     """
-    recipe, model = recipe_of(config), model_of(config)
+    recipe, models = recipe_of(config), models_of(config)
+    architectures = [one.name for one in config.kinds]
     out = Path(config.out)
     check_writable(out)
     strategy = recipe.strategy(
@@ -75,12 +77,18 @@ def run(
         min_train_nodes=1,
         min_evaluate_nodes=1,
         min_available_nodes=1,
+        architectures=architectures,
     )
-    initial = {name: value.numpy() for name, value in model.state_dict().items()}
+    initial = joined(
+        {
+            architecture: {name: value.numpy() for name, value in model.state_dict().items()}
+            for architecture, model in models.items()
+        }
+    )
     result = strategy.start(
         grid, to_record(initial), num_rounds=config.rounds, timeout=config.timeout_s
     )
-    write_results(out, results_of(config, result), result.arrays)
+    write_results(out, results_of(config, result), result.arrays, architectures=architectures)
     if all(report.skipped for report in result.rounds):
         if config.is_user_private and not any(report.clients for report in result.rounds):
             raise MetabloomError(

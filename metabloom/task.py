@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from .architectures import assigned
 from .config import RunConfig
 from .errors import ConfigError
 from .execution import Device
@@ -102,18 +103,47 @@ def _federation(
     )
 
 
-@lru_cache(maxsize=2)
-def model_of(config: RunConfig) -> nn.Module:
-    """Return the checked initial model, built once a process; not to be changed."""
+def models_of(config: RunConfig) -> dict[str, nn.Module]:
+    """Return the checked initial model of each architecture, by name; of "" where there is one."""
+    return {name: model_of(config, name) for name in [one.name for one in config.kinds] or [""]}
+
+
+@lru_cache(maxsize=16)
+def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
+    """Return the checked initial model, built once a process; not to be changed.
+
+    Args:
+        config: of the run.
+        architecture: one of its architectures; "" where it has none.
+    """
     spec = spec_of(config)
-    chosen = config.model or spec.model
+    if architecture:
+        (kind,) = (one for one in config.kinds if one.name == architecture)
+        chosen, own = kind.model, dict(kind.options)
+    else:
+        chosen = config.model or spec.model
+        own = parse_options(config.model_args, key="model-args")
     usual = dict(spec.model_options) if chosen == spec.model else {}
-    options = {**usual, **parse_options(config.model_args, key="model-args")}
     shape, classes = spec.input_shape, spec.num_classes
+    options = {**usual, **own}
     model = build_model(chosen, input_shape=shape, num_classes=classes, seed=config.seed, **options)
     dtype = getattr(torch, spec.input_dtype)
     check_model(model, input_shape=shape, num_classes=classes, input_dtype=dtype)
     return model
+
+
+@lru_cache(maxsize=4)
+def architectures_of_clients(config: RunConfig, num_clients: int = 0) -> dict[str, str]:
+    """Return the architecture of each client by its name: as many of each as there can be.
+
+    Those that train, that validate and that stay unseen are shared out by themselves.
+    """
+    federation, names = federation_of(config, num_clients), [one.name for one in config.kinds]
+    found: dict[str, str] = {}
+    for role in dict.fromkeys(federation.roles):
+        clients = [federation.client_ids[index] for index in federation.indices(role)]
+        found |= assigned(names, clients, config.seed)
+    return found
 
 
 def device_of(config: RunConfig) -> Device:

@@ -32,6 +32,7 @@ PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
 CLIENT_NAME = "client-name"
 ROLE = "role"
+ARCHITECTURE = "architecture"  # of the model of a node, where a federation has several
 DROPPED = "dropped"  # clients of the data set that were too small to take part
 ERROR = "error"  # why a node cannot take part
 

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from safetensors.numpy import save
 
 from .. import __version__
+from ..architectures import part_of
 from ..clients.evaluation import ACCURACY_BEFORE, LOSS_BEFORE, accuracy_after, loss_after
 from ..config import RunConfig
 from ..files import write_atomic
@@ -40,6 +41,7 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "dropped": result.dropped,
         "unseen": {
             **_adaptation(result.unseen, steps),
+            **_by_architecture(result.unseen, steps),
             "failures": _failures(result.final_failures),
             "quarantined": _failures(result.final_quarantined),
         },
@@ -65,12 +67,22 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
     return _finite(data)  # type: ignore[no-any-return]  # a dict comes back as a dict
 
 
-def write_results(folder: Path, results: dict[str, Any], arrays: ArrayRecord) -> Path:
+def write_results(
+    folder: Path,
+    results: dict[str, Any],
+    arrays: ArrayRecord,
+    *,
+    architectures: Sequence[str] = (),
+) -> Path:
     """Write results.json, model.safetensors and report.html into ``folder`` and return it.
 
+    Where there are several ``architectures``, each has a file of its own, model-NAME.safetensors.
     Each file is written whole or not at all; results.json comes last.
     """
-    write_atomic(folder / MODEL, save(from_record(arrays)))
+    models = from_record(arrays)
+    for name in architectures or [""]:
+        file = folder / (f"model-{name}.safetensors" if name else MODEL)
+        write_atomic(file, save(part_of(models, name)))
     write_atomic(folder / REPORT, render_report(results).encode())
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomic(folder / RESULTS, text.encode())
@@ -86,10 +98,27 @@ def _adaptation(scores: Sequence[ClientScore], steps: Sequence[int]) -> dict[str
         "loss_before": _mean(scores, LOSS_BEFORE),
         "loss_after": {str(n): _mean(scores, loss_after(n)) for n in steps},
         "per_client": [
-            {"client": one.client, "num_examples": one.num_examples, **one.metrics}
+            {
+                "client": one.client,
+                **({"architecture": one.architecture} if one.architecture else {}),
+                "num_examples": one.num_examples,
+                **one.metrics,
+            }
             for one in scores
         ],
     }
+
+
+def _by_architecture(scores: Sequence[ClientScore], steps: Sequence[int]) -> dict[str, Any]:
+    """Return the averages over the clients of each architecture, where there are several."""
+    names = sorted({one.architecture for one in scores} - {""})
+    found: dict[str, Any] = {}
+    for name in names:
+        own = [one for one in scores if one.architecture == name]
+        averages = _adaptation(own, steps)
+        del averages["per_client"], averages["average"]
+        found[name] = {"clients": len(own), **averages}
+    return {"by_architecture": found} if found else {}
 
 
 def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:

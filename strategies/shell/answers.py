@@ -48,7 +48,8 @@ def score_of(
     metrics, wild = finite_metrics(content)
     numbers = numbers_of(metrics)
     count = numbers.pop(weight_key)
-    score = ClientScore(node.name, node.partition_id, node.role or "train", count, numbers)
+    role = node.role or "train"
+    score = ClientScore(node.name, node.partition_id, role, count, numbers, node.architecture)
     return score, with_metrics(content, metrics) if wild else content, wild
 
 

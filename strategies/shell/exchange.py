@@ -1,7 +1,7 @@
 """One exchange of messages: what became of each message that was sent."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from logging import WARNING
 
 from flwr.app import Message
@@ -36,11 +36,22 @@ class Exchange:
     offenders: list[int]
 
 
+def merged(exchanges: Iterable[Exchange]) -> Exchange:
+    """Return several exchanges as one."""
+    all_of_them = list(exchanges)
+    return Exchange(
+        *(
+            [one for exchange in all_of_them for one in getattr(exchange, field.name)]
+            for field in fields(Exchange)
+        )
+    )
+
+
 def sort_replies(
     messages: Sequence[Message],
     replies: Iterable[Message],
-    *,
     sent: NamedArrays | None,
+    *,
     firewall: Firewall,
     weight_key: str,
     timeout_s: float,

@@ -21,6 +21,7 @@ class ClientScore:
         role: "train", "validation" or "unseen".
         num_examples: query records.
         metrics: as the client names them.
+        architecture: of its model, where the federation has several.
     """
 
     client: str
@@ -28,6 +29,7 @@ class ClientScore:
     role: str
     num_examples: float
     metrics: dict[str, float]
+    architecture: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Sampling and results then depend on partitions, never on node ids or their order
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 
@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from ...errors import MetabloomError, shortened
 from ...wire import (
+    ARCHITECTURE,
     CLIENT_NAME,
     DROPPED,
     ERROR,
@@ -43,6 +44,7 @@ class Node:
     num_partitions: int = 0
     role: str | None = None
     client: str = ""
+    architecture: str = ""  # of its model
     dropped: int = 0  # clients of its data set that were too small
     error: str = ""  # why it cannot take part, in its own words
     reply_error: str = ""  # the error that came in the place of an answer
@@ -69,9 +71,11 @@ class Roster:
 
     Args:
         told: names of nodes whose fault is known already, from the part of the run before a resume.
+        architectures: what nodes may have; empty: nobody is asked.
     """
 
-    def __init__(self, told: Iterable[str] = ()) -> None:
+    def __init__(self, told: Iterable[str] = (), architectures: Sequence[str] = ()) -> None:
+        self._architectures = tuple(architectures)
         self._heard: dict[int, Node] = {}
         self._present: list[int] = []
         self._calls: Counter[int] = Counter()
@@ -172,11 +176,23 @@ class Roster:
         # have roles, so should this node, and its error is one.
         has_roles = self.has_roles
         faults = [
-            (node, node.error or (node.reply_error if has_roles else ""))
+            (
+                node,
+                node.error
+                or (node.reply_error if has_roles else "")
+                or self._fault_of_architecture(node),
+            )
             for node in self._connected()
         ]
         found = [(node, fault) for node, fault in faults if fault]
         return sorted(found, key=lambda pair: pair[0].order)
+
+    def _fault_of_architecture(self, node: Node) -> str:
+        known = self._architectures
+        if not known or node.architecture in known or node.role == "surplus":
+            return ""
+        said = f"architecture {node.architecture!r}" if node.architecture else "no architecture"
+        return f"it says {said}, the server has models of {', '.join(known)}"
 
     def _connected(self) -> list[Node]:
         return [self._heard[node_id] for node_id in self._present if node_id in self._heard]
@@ -243,6 +259,7 @@ def _read(node_id: int, content: RecordDict) -> Node:
     role = said.get(ROLE)
     name = said.get(CLIENT_NAME)
     error = said.get(ERROR)
+    architecture = said.get(ARCHITECTURE)
     dropped = said.get(DROPPED)
     return Node(
         node_id,
@@ -250,6 +267,7 @@ def _read(node_id: int, content: RecordDict) -> Node:
         num_partitions=total if isinstance(total, int) else 0,
         role=str(role) if role in ROLES else None,
         client=shortened(name, LONGEST_NAME) if isinstance(name, str) else "",
+        architecture=shortened(architecture, LONGEST_NAME) if isinstance(architecture, str) else "",
         dropped=dropped if isinstance(dropped, int) else 0,
         error=shortened(error) if isinstance(error, str) else "",
     )

@@ -7,6 +7,7 @@ under ``flwr run`` and on a SuperLink.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -27,8 +28,9 @@ from .checkpoint import Checkpoints
 from .exchange import sort_replies
 from .firewall import Firewall, Judged, not_finite
 from .history import History
+from .kinds import Kinds
 from .lock import held
-from .partial_sums import Part, PartialSums, answers_of, fingerprint, summing
+from .partial_sums import Part, PartialSums, fingerprint, summing
 from .reply_metrics import DIVERGED, aggregate_metrics
 from .reports import ClientScore, RoundReport, RunResult
 from .resume import EvaluateFn, ResumedRun, Saver, closing, snapshot_to_resume, told_of_run
@@ -63,6 +65,8 @@ class RuleStrategy(FedAvg):
             runs are not the same to the bit; rounds that are played again are booked again.
         partial_sums: let a grid that can do so average replies beside the clients (see
             ``partial_sums``), where the rule needs no single ones; False: each reply comes here.
+        architectures: names of them, where clients differ (see ``metabloom.architectures``): each
+            node gets the model of the one that it says at the roll call; the rule sees each apart.
         fedavg: any keyword argument of Flower's FedAvg.
 
     Raises:
@@ -85,6 +89,7 @@ class RuleStrategy(FedAvg):
         on_round: Callable[[RoundReport], None] | None = None,
         user_privacy: UserLevelPrivacy | None = None,
         partial_sums: bool = True,
+        architectures: Sequence[str] = (),
         **fedavg: Any,
     ) -> None:
         for name, value, least in (
@@ -100,6 +105,8 @@ class RuleStrategy(FedAvg):
             user_privacy, min_fit_replies=min_fit_replies, max_offences=max_offences
         )
         self.user_privacy = user_privacy
+        self._kinds = Kinds(tuple(architectures))
+        rule = self._kinds.rule_for_each(rule, is_user_private=self._account is not None)
         self.rule = self._account.private(rule) if self._account else rule
         self.seed = seed
         self.clients_per_round = clients_per_round
@@ -131,7 +138,7 @@ class RuleStrategy(FedAvg):
         self._arrays = kept.arrays if kept else arrays
         self._state: State | None = kept.state if kept else None
         self._history = History.of(kept) if kept else History()
-        self._roster = Roster(kept.told if kept else ())
+        self._roster = Roster(kept.told if kept else (), self._kinds.names)
         self._round = RoundInProgress()
         self._saver = Saver(self.checkpoints, kept)
         self._timeout = timeout_s
@@ -275,6 +282,7 @@ class RuleStrategy(FedAvg):
             return self._round.skip(SPENT)
         replies, parts = self._round.received(replies)
         found = self._good(replies, self._arrays, parts)
+        self._kinds.tell_of_absent(found, server_round)
         good = [one for _, one in found]
         if len(good) < self.min_fit_replies and not self._account:  # which tells not who was there
             return self._round.skip_for_want(len(good), self.min_fit_replies)
@@ -282,7 +290,7 @@ class RuleStrategy(FedAvg):
         with np.errstate(over="ignore", invalid="ignore"):
             state = self.rule.init(self._arrays) if self._state is None else self._state
             sent, wall, key = self._arrays, self.firewall, self.weighted_by_key
-            answers = answers_of(good, parts, sent, wall, key)
+            answers = self._kinds.answers(found, parts, sent, wall, key)
             state, new = self.rule.update(state, sent, answers)
         if wild := not_finite(new):
             return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
@@ -359,26 +367,22 @@ class RuleStrategy(FedAvg):
     ) -> list[Message]:
         told = told_of_run(self._round.number, self._history.token, self.checkpoints)
         sent = ConfigRecord({**config, **told})
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: sent})
-        self._round.bytes_down += size_of(arrays) * len(nodes)
-        ids = [node.node_id for node in nodes]
-        self._round.messages = list(self._construct_messages(record, ids, kind))
-        return list(self._round.messages)
+        messages: list[Message] = []
+        for own, ids in self._kinds.seen(arrays, nodes):
+            record = RecordDict({self.arrayrecord_key: own, self.configrecord_key: sent})
+            self._round.bytes_down += size_of(own) * len(ids)
+            messages += self._construct_messages(record, ids, kind)
+        self._round.messages = messages
+        return list(messages)
 
     def _good(
         self, replies: Iterable[Message], sent: NamedArrays | None, parts: Sequence[Part] = ()
     ) -> list[tuple[Node, Judged]]:
         """Return the good replies, by partition; note the others and the missing."""
         messages, self._round.messages = self._round.messages, []
-        exchange = sort_replies(
-            messages,
-            replies,
-            sent=sent,
-            firewall=self.firewall,
-            weight_key=self.weighted_by_key,
-            timeout_s=self._timeout,
-            parts=parts,
-        )
+        wall, key, wait = self.firewall, self.weighted_by_key, self._timeout
+        sort = partial(sort_replies, firewall=wall, weight_key=key, timeout_s=wait, parts=parts)
+        exchange = self._kinds.exchange(messages, replies, sent, self._roster, sort)
         self._round.note(exchange, lambda node_id: self._roster.get(node_id).name)
         for node_id in exchange.offenders:
             self._history.offences[self._roster.get(node_id).name] += 1

@@ -48,6 +48,7 @@ class Toy:
 
     Attributes:
         roles: role by partition; None: nodes say nothing of roles.
+        architectures: architecture by partition; None: nodes say nothing of it.
         answers_roll_call: whether nodes know the query.
         fails: (partition, round) -> reason to raise, or "" to answer.
         learns: (arrays, partition, round) -> the arrays that a client answers with.
@@ -55,6 +56,7 @@ class Toy:
     """
 
     roles: Sequence[str] | None = None
+    architectures: Sequence[str] | None = None
     answers_roll_call: bool = True
     fails: Callable[[int, int], str] = lambda partition, number: ""
     learns: Callable[[Arrays, int, int], Arrays] = moved
@@ -79,6 +81,8 @@ class Toy:
         self.roll_calls.append(partition)
         if self.roles is not None:
             place |= {"role": self.roles[partition], "client-name": f"c{partition}"}
+        if self.architectures is not None:
+            place["architecture"] = self.architectures[partition]
         return Message(RecordDict({"properties": ConfigRecord(place)}), reply_to=message)
 
     def _train(self, message: Message, context: Context) -> Message:

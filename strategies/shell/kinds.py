@@ -1,0 +1,121 @@
+"""What each node sees of the server's arrays, and how its reply is read: by its architecture.
+
+Without architectures all nodes see all arrays.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from logging import INFO
+
+from flwr.app import ArrayRecord, Message
+from flwr.common import log
+
+from ...architectures import full_name, names_of, part_of
+from ...errors import ConfigError
+from ...wire import NamedArrays
+from ..by_architecture import by_architecture
+from ..rules import Reply, Rule
+from .answers import answer_of
+from .exchange import Exchange, merged
+from .firewall import Firewall, Judged
+from .partial_sums import Part, answers_of
+from .roll_call import Node, Roster
+
+Sort = Callable[[Sequence[Message], Iterable[Message], NamedArrays | None], Exchange]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The architectures of a federation.
+
+    Attributes:
+        names: of each; empty: there is one, which has no name.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def rule_for_each(self, rule: Rule, *, is_user_private: bool) -> Rule:
+        """Return ``rule`` for every architecture by itself.
+
+        Raises:
+            ConfigError: with user-level privacy, whose noise is that of one sum over all clients.
+        """
+        if not self.names:
+            return rule
+        if is_user_private:
+            raise ConfigError(
+                f"user_privacy with architectures {', '.join(self.names)}: its noise is made for "
+                "one sum over all clients, and each architecture has a sum of its own; use one of "
+                "the two"
+            )
+        return by_architecture(rule, self.names)
+
+    def seen(
+        self, arrays: ArrayRecord, nodes: Sequence[Node]
+    ) -> Iterator[tuple[ArrayRecord, list[int]]]:
+        """Yield the arrays that the nodes of an architecture are sent, and the ids of the nodes."""
+        if not self.names:
+            yield arrays, [node.node_id for node in nodes]
+            return
+        for kind in dict.fromkeys(node.architecture for node in nodes):
+            own = {short: arrays[name] for name, short in names_of(arrays, kind).items()}
+            yield ArrayRecord(own), [one.node_id for one in nodes if one.architecture == kind]
+
+    def exchange(
+        self,
+        messages: Sequence[Message],
+        replies: Iterable[Message],
+        sent: NamedArrays | None,
+        roster: Roster,
+        sort: Sort,
+    ) -> Exchange:
+        """Return what became of ``messages``, each judged among those of its architecture.
+
+        Args:
+            messages: that were sent.
+            replies: to them, in any order.
+            sent: the arrays of all architectures; None for an evaluation.
+            roster: knows the nodes.
+            sort: what becomes of the messages of one architecture, of its replies and arrays.
+        """
+        if not self.names or sent is None:
+            return sort(messages, replies, sent)
+        asked: dict[str, list[Message]] = defaultdict(list)
+        kinds: dict[str, str] = {}  # by message
+        for message in messages:
+            kind = roster.get(message.metadata.dst_node_id).architecture
+            kinds[message.metadata.message_id] = kind
+            asked[kind].append(message)
+        answered: dict[str, list[Message]] = defaultdict(list)
+        for reply in replies:
+            to = reply.metadata.reply_to_message_id if isinstance(reply, Message) else ""
+            answered[kinds.get(to, next(iter(asked)))].append(reply)  # or nobody asked for it
+        return merged(sort(own, answered[kind], part_of(sent, kind)) for kind, own in asked.items())
+
+    def answers(
+        self,
+        found: Sequence[tuple[Node, Judged]],
+        parts: Sequence[Part],
+        sent: NamedArrays,
+        firewall: Firewall,
+        weight_key: str,
+    ) -> list[Reply]:
+        """Return what the rule sees of good replies, their arrays under their full names."""
+        if not self.names:
+            return answers_of([one for _, one in found], parts, sent, firewall, weight_key)
+        received = {name: part_of(sent, name) for name in self.names}
+        answers = []
+        for node, judged in found:
+            kind = node.architecture
+            answer = answer_of(judged, received[kind], firewall, weight_key)
+            arrays = {full_name(kind, name): value for name, value in answer.arrays.items()}
+            answers.append(replace(answer, arrays=arrays))
+        return answers
+
+    def tell_of_absent(self, found: Sequence[tuple[Node, Judged]], server_round: int) -> None:
+        """Log the architectures of which nobody answered: their models stay as they are."""
+        there = {node.architecture for node, _ in found}
+        for name in self.names:
+            if name not in there:
+                log(INFO, "round %d: architecture %s: no reply, it stays", server_round, name)
