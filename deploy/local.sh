@@ -16,6 +16,9 @@ usage: deploy/local.sh up [N]              start what is not running: secrets, t
 $METABLOOM_PRIVACY pins every SuperNode's parameters of private training, from its start on, as in
 METABLOOM_PRIVACY="privacy.noise-multiplier=4.0 privacy.expected-batch-size=30.0" deploy/local.sh up.
 
+$METABLOOM_ARCHITECTURES says which of a run's architectures the SuperNodes have, node-1 first and then
+in turn, as in METABLOOM_ARCHITECTURES="small small large" deploy/local.sh up.
+
 Everything lies in $METABLOOM_LOCAL (default: deploy/local, which git ignores). Ports: the SuperLink
 has $METABLOOM_PORT (default: 9443), SuperNode I the I-th after it. The Flower commands are those of
 the PATH, or of the checkout's .venv. To start afresh: down, then remove the folder.
@@ -116,12 +119,19 @@ register() {
   touch "$LOCAL/$name/registered"
 }
 
+# The key of a node's configuration that says its architecture; nothing where none is given.
+architecture_of() {
+  local names
+  read -ra names <<<"${METABLOOM_ARCHITECTURES:-}"
+  ((${#names[@]} == 0)) || echo "architecture='${names[($1 - 1) % ${#names[@]}]}'"
+}
+
 start_supernode() {
   local index=$1 count=$2 folder=$LOCAL/node-$1
   start "node-$index" flower-supernode --superlink "$LINK" --root-certificates "$SECRETS/ca.crt" \
     --auth-supernode-private-key "$SECRETS/node-$index" --port "$((PORT + index))" \
     --node-config "partition-id=$((index - 1)) num-partitions=$count state-root='$folder/state' \
-privacy.root='$folder/ledgers' ${METABLOOM_PRIVACY:-}"
+privacy.root='$folder/ledgers' ${METABLOOM_PRIVACY:-} $(architecture_of "$index")"
 }
 
 # SuperNodes that run know how many they are.

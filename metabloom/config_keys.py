@@ -117,6 +117,16 @@ class RunKeys(BaseModel):
         0, description="multi-krum: how many models are averaged; 0: all but f"
     )
 
+    public_data: str = Field(
+        "",
+        description="feddf: unlabelled records that are no secret: held-out (of the data set), "
+        "dataset:NAME, noise, smooth-noise; empty: held-out where the data set can, else noise",
+    )
+    public_size: Count = Field(2000, description="feddf: how many public records")
+    distill_steps: Count = Field(500, description="feddf: steps of Adam of each student in a round")
+    distill_lr: Rate = Field(1e-3, description="feddf: its learning rate at first")
+    distill_batch_size: Count = Field(128, description="feddf: public records of a step")
+
     min_fit_replies: Count = Field(
         1, description="good replies that a round needs; with fewer the model stays"
     )

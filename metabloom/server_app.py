@@ -19,7 +19,7 @@ from .sim.beside_flower import await_ray_of
 from .sim.results import results_of, write_results
 from .simulation import as_carried_out, cohort_grid
 from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
-from .task import idle_keys, models_of, recipe_of
+from .task import idle_keys, models_of, recipe_of, server_parts
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
@@ -78,6 +78,7 @@ def run(
         min_evaluate_nodes=1,
         min_available_nodes=1,
         architectures=architectures,
+        **server_parts(config),
     )
     initial = joined(
         {

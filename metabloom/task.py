@@ -5,6 +5,7 @@ more than arrays.
 """
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,8 @@ from .execution import Device
 from .keys import Scalar, key_of, parse_options
 from .models import build_model, check_model
 from .sim import DataSpec, Federation, dataset_spec, load_federation
+from .sim.public import PublicData
+from .sim.public_sources import load_public, usual_kind
 from .strategies import STRATEGIES, Recipe
 
 STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others do not
@@ -38,7 +41,11 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "trim_beta",
     "num_malicious",
     "num_selected",
+    "distill_steps",
+    "distill_lr",
+    "distill_batch_size",
 )
+PUBLIC_KEYS = {"public_data", "public_size"}  # of strategies that need public records
 
 
 def recipe_of(config: RunConfig) -> Recipe:
@@ -57,11 +64,14 @@ def idle_keys(config: RunConfig) -> list[str]:
     """
     _import_plugins(config.plugins)
     watch = _Watch(config)
-    STRATEGIES[config.strategy](cast(RunConfig, watch))
+    recipe = STRATEGIES[config.strategy](cast(RunConfig, watch))
+    if "public" in recipe.needs:
+        watch.read |= PUBLIC_KEYS
     defaults = RunConfig.read({})
     if config.is_user_private:  # each client counts alike
         watch.read -= {"weighting"}
-    changed = [key for key in STRATEGY_KEYS if getattr(config, key) != getattr(defaults, key)]
+    keys = (*STRATEGY_KEYS, *sorted(PUBLIC_KEYS))
+    changed = [key for key in keys if getattr(config, key) != getattr(defaults, key)]
     return [key_of(key) for key in changed if key not in watch.read]
 
 
@@ -100,6 +110,43 @@ def _federation(
         num_clients=num_clients,
         download=download,
         **dict(options),
+    )
+
+
+def server_parts(config: RunConfig) -> dict[str, object]:
+    """Return the keyword arguments of the strategy that its recipe says it needs.
+
+    Raises:
+        ConfigError, MissingDataError, DataError: where the public records cannot be had.
+    """
+    make: dict[str, Callable[[], object]] = {
+        "models": lambda: models_of(config),
+        "public": lambda: public_of(config).inputs,
+    }
+    return {name: make[name]() for name in recipe_of(config).needs}
+
+
+def public_kind(config: RunConfig) -> str:
+    """Return which public records the run has, by the name of their kind; "" where it needs none.
+
+    >>> public_kind(RunConfig.read({"strategy": "feddf", "dataset": "digits"}))
+    'noise'
+    """
+    if "public" not in recipe_of(config).needs:
+        return ""
+    return config.public_data or usual_kind(config.dataset)
+
+
+def public_of(config: RunConfig) -> PublicData:
+    """Return the public records of a run, the same at both ends."""
+    return load_public(
+        public_kind(config),
+        spec_of(config),
+        size=config.public_size,
+        seed=config.seed,
+        dataset=config.dataset,
+        root=config.data_folder,
+        download=config.download,
     )
 
 
@@ -192,4 +239,6 @@ def _options(config: RunConfig) -> dict[str, Scalar]:
             raise ConfigError(
                 f"dataset-args = {config.dataset_args!r}: {name} is a key of its own, set {key}"
             )
+    if public_kind(config) == "held-out":
+        options["held_out"] = config.public_size
     return options

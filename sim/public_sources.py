@@ -78,6 +78,11 @@ def load_public(
     return PublicData.of(kind, fit_images(images[np.sort(order[:size])], spec))
 
 
+def usual_kind(dataset: str) -> str:
+    """Return the kind that is nearest to the records of the clients of ``dataset``."""
+    return "held-out" if dataset in VISION_SETS else "noise"
+
+
 def check_kind(kind: str, dataset: str = "") -> None:
     """Raise ConfigError for a kind that nobody knows, or that ``dataset`` rules out; reads no file.
 

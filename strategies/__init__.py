@@ -3,8 +3,10 @@
 from .. import __version__ as _v  # noqa: F401  a plain `import strategies` fails here: there is no second copy
 from ..registry import discover
 from .aggregation import median, multi_krum, trimmed_mean
+from .distilled import Distillation
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .feddf import FedDF
 from .fedmeta import FedMeta
 from .fedprox import FedProx
 from .per_fedavg import PerFedAvg
@@ -26,8 +28,10 @@ __all__ = [
     "Aggregation",
     "Checkpoints",
     "ClientScore",
+    "Distillation",
     "Ditto",
     "FedAvg",
+    "FedDF",
     "FedMeta",
     "FedProx",
     "Firewall",

@@ -25,6 +25,8 @@ class Recipe:
         client: registry name of the client (``metabloom.clients.CLIENTS``): by name, since
             strategies do not import clients.
         client_options: keyword arguments of that client beyond those that all clients share.
+        needs: keyword arguments of ``strategy`` that the server makes from the configuration:
+            "models" (the module of each architecture), "public" (unlabelled public records).
 
     A recipe reads what it needs of the configuration when it is called (``partial``, no lambda):
     keys that it does not read are reported to the user as without effect.
@@ -33,6 +35,7 @@ class Recipe:
     strategy: Callable[..., RuleStrategy]
     client: str
     client_options: Mapping[str, object] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 STRATEGIES: Registry[Callable[[RunConfig], Recipe]] = Registry("strategy")

@@ -62,11 +62,14 @@ class Rule:
         mean_by: the weighting of the ``mean``, where the rule sees no more of the replies than that
             and which arrays anyone changed: the mean of several may then stand in their place.
             None: it needs each reply.
+        sees_all_architectures: where clients have several, it takes the arrays of all at once; else
+            the shell hands it those of each by themselves.
     """
 
     init: Callable[[NamedArrays], State]
     update: Callable[[State, NamedArrays, Sequence[Reply]], tuple[State, Arrays]]
     mean_by: Weighting | None = None
+    sees_all_architectures: bool = False
 
 
 def check_weighting(weighting: str) -> None:

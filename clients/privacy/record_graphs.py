@@ -3,7 +3,6 @@
 - The gradient of a linear layer for one record is an outer product a b^T: its norm is ||a|| ||b||,
   and the weighted sum over records one matrix product, so that it is never written out.
 - The backward pass of max-pooling whose windows do not overlap is a scatter, each target once.
-- A convolution of one channel is a product of matrices, see ``one_channel``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...errors import ModelError
-from ..one_channel import OneChannelAsMatrix
 
 _aten = torch.ops.aten
 _SAME = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.expand, _aten.clone)
@@ -26,8 +24,7 @@ def traced(rows: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> fx.G
     Raises:
         ModelError: where a constant would be in it.
     """
-    with OneChannelAsMatrix():
-        found = make_fx(rows, tracing_mode="fake")(*tensors)
+    found = make_fx(rows, tracing_mode="fake")(*tensors)
     if any(node.op == "get_attr" for node in found.graph.nodes):
         raise ModelError("its forward pass makes tensors of its own from numbers")
     return found

@@ -14,6 +14,7 @@ from pydantic import Field
 from ...registry import Registry
 from ...streams import numpy_stream, stream_seed
 from ..federation import register_dataset
+from ..public import held_out_rows
 from ._partition import divide
 from ._records import Records, Split
 from ._spec import DataSpec
@@ -45,10 +46,16 @@ def register_vision_set(name: str, source: VisionSet) -> None:
         alpha: Alpha = 0.3,
         classes_per_client: Annotated[int, Field(ge=1, le=source.num_classes)] = 2,
         limit: Limit = 0,
+        held_out: Limit = 0,
     ) -> dict[str, Records]:
-        """Return the records of ``num_clients`` clients (0: 100) of ``limit`` images (0: all)."""
+        """Return the records of ``num_clients`` clients (0: 100) of ``limit`` images (0: all).
+
+        ``held_out`` images are nobody's: they are for the server, as public records.
+        """
         images, labels = train_images(name, source, root=root, download=download)
-        chosen = numpy_stream(seed, name, "limit").permutation(len(labels))[: limit or len(labels)]
+        left = held_out_rows(len(labels), held_out, seed)[1] if held_out else np.arange(len(labels))
+        order = numpy_stream(seed, name, "limit").permutation(len(left))
+        chosen = left[order[: limit or len(left)]]
         if partition != "iid":
             chosen = np.sort(chosen)  # iid cuts the rows in their order: there the order is random
         parts = divide(

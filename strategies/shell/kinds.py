@@ -49,7 +49,7 @@ class Kinds:
                 "one sum over all clients, and each architecture has a sum of its own; use one of "
                 "the two"
             )
-        return by_architecture(rule, self.names)
+        return rule if rule.sees_all_architectures else by_architecture(rule, self.names)
 
     def seen(
         self, arrays: ArrayRecord, nodes: Sequence[Node]

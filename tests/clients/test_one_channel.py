@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from metabloom.clients import SGDClient, one_channel, training
 from metabloom.clients.one_channel import OneChannelAsMatrix
+from metabloom.models import build_model
 from tests.clients.cohorts import TOLERANCE, away
 from tests.clients.toy_problems import client_data, generator, initialised
 
@@ -90,6 +91,15 @@ def test_other_convolutions_stay_as_they_are(inputs, weight, options, products):
     assert not products
 
 
+def images_of(net):
+    return nn.Sequential(nn.Unflatten(1, (1, 4, 4)), net)
+
+
+def normed_cnn():
+    net = build_model("conv4", input_shape=(1, 4, 4), num_classes=3, seed=0, width=4)
+    return images_of(net)
+
+
 def small_cnn():
     net = nn.Sequential(
         nn.Unflatten(1, (1, 4, 4)),
@@ -103,7 +113,8 @@ def small_cnn():
     return initialised(net).float()
 
 
-def test_every_step_of_a_compiled_convolution_is_the_compiled_one(monkeypatch):
+@pytest.mark.parametrize("make", ["small_cnn", "normed_cnn"])
+def test_every_step_of_a_compiled_convolution_is_the_compiled_one(make, monkeypatch):
     """The compiler lays out weights in its own way: the next step must not be eager for that."""
     torch.compiler.reset()
     monkeypatch.setattr(training, "_compilers", training._Compilers())
@@ -116,7 +127,7 @@ def test_every_step_of_a_compiled_convolution_is_the_compiled_one(monkeypatch):
         return after
 
     monkeypatch.setattr(training.Step, "__call__", noted)
-    model = small_cnn()
+    model = globals()[make]()
     clients = {
         kernel: [
             SGDClient(

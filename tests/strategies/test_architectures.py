@@ -11,9 +11,20 @@ from metabloom.strategies import STRATEGIES, Checkpoints, Reply, UserLevelPrivac
 from metabloom.strategies.by_architecture import by_architecture
 from metabloom.strategies.shell import roll_call
 from metabloom.wire import from_record
-from tests.strategies.toy import ShuffledGrid, Toy, bits, model, moved, start, strategy_of
+from tests.strategies.toy import (
+    AVERAGING,
+    ShuffledGrid,
+    Toy,
+    bits,
+    larger,
+    model,
+    moved,
+    start,
+    strategy_of,
+)
 
 EVERY = pytest.mark.parametrize("name", list(STRATEGIES))
+APART = pytest.mark.parametrize("name", AVERAGING)  # the others let architectures teach each other
 KINDS = ("small", "large")
 OF_NODES = ("small", "large", "small", "large", "large")
 UNIFORM = {"weighting": "uniform"}
@@ -23,11 +34,6 @@ UNIFORM = {"weighting": "uniform"}
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "POLL_S", 0.01)
     monkeypatch.setattr(roll_call, "GATHER_S", 0.05)
-
-
-def larger() -> dict[str, np.ndarray]:
-    """Return a model of other names and shapes."""
-    return {"body": np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 2, 2), "n": np.array(3)}
 
 
 def both() -> dict[str, np.ndarray]:
@@ -42,7 +48,7 @@ def heterogeneous(name: str, toy: Toy | None = None, *, rounds: int = 3, **more)
     return start(strategy, toy, nodes=5, rounds=rounds, arrays=both(), **options)
 
 
-@EVERY
+@APART
 def test_each_architecture_is_what_it_is_among_its_own_clients_alone(name: str):
     found = from_record(heterogeneous(name).arrays)
     assert list(found) == list(both())

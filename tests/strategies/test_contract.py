@@ -16,9 +16,10 @@ from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
 from metabloom.strategies import STRATEGIES
 from metabloom.strategies.shell import roll_call
-from metabloom.task import model_of
+from metabloom.task import model_of, server_parts
 from metabloom.wire import from_record, to_record
 from tests.strategies.toy import (
+    AVERAGING,
     PLAIN,
     GrowingGrid,
     ShuffledGrid,
@@ -137,7 +138,8 @@ def test_with_one_client_of_ours_the_model_is_its_local_run(name: str):
     config = RunConfig.read(values)
     initial = {key: value.numpy() for key, value in model_of(config).state_dict().items()}
     grid = CohortGrid(our_clients, num_nodes=3, run_config=config.to_flower())
-    result = strategy_of(name, values).start(grid, to_record(initial), num_rounds=1, timeout=60)
+    strategy = strategy_of(name, values, **server_parts(config))
+    result = strategy.start(grid, to_record(initial), num_rounds=1, timeout=60)
     ((trained,),) = [report.clients for report in result.rounds]
     partition = int(trained.removeprefix("client-"))
     place = {"partition-id": partition, "num-partitions": 3}
@@ -151,7 +153,7 @@ def test_with_one_client_of_ours_the_model_is_its_local_run(name: str):
 # --- failures -------------------------------------------------------------------------------------
 
 
-@EVERY
+@pytest.mark.parametrize("name", AVERAGING)
 def test_a_client_that_fails_is_left_out_and_the_weights_are_those_of_the_others(name: str):
     def fails(partition: int, number: int) -> str:
         return "out of memory" if partition == 2 else ""

@@ -9,7 +9,6 @@ from flwr.app import Message
 
 from metabloom.sim import CohortGrid
 from metabloom.strategies import (
-    STRATEGIES,
     Checkpoints,
     FedAvg,
     FedMeta,
@@ -21,7 +20,7 @@ from metabloom.strategies.shell import roll_call
 from metabloom.wire import from_record
 from tests.strategies.bad_replies import BAD_REPLIES, metrics_of, reply_with
 from tests.strategies.summing_grid import Odd, blocks_of, close, told
-from tests.strategies.toy import Toy, bits, start, strategy_of
+from tests.strategies.toy import AVERAGING, Toy, bits, start, strategy_of
 
 ANY = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
 
@@ -54,7 +53,7 @@ def alike(summed, single, rounds: int = 1) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", AVERAGING)
 def test_every_strategy_tells_the_same_with_sums_and_without(name: str, weighting: str):
     config = {"weighting": weighting}
     summed, single, grid = both(

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from metabloom.config import RunConfig
 from metabloom.sim import CohortGrid
-from metabloom.strategies import STRATEGIES, RuleStrategy, RunResult
+from metabloom.strategies import STRATEGIES, Recipe, RuleStrategy, RunResult
 from metabloom.wire import from_record, to_record
 
 Arrays = dict[str, np.ndarray]
@@ -134,15 +136,53 @@ class GrowingGrid(CohortGrid):
         return super().push_messages(messages)
 
 
+# The strategies whose model follows from an average of the clients' models alone.
+AVERAGING = [name for name in STRATEGIES if not STRATEGIES[name](RunConfig.read({})).needs]
+
 # With these even fedmeta's step is the mean of the clients' models.
 PLAIN = {"server-optimizer": "sgd", "outer-lr": 1.0}
+
+
+class ToyNet(nn.Module):
+    """Linear logits of two classes, (B, 3) -> (B, 2), with the arrays that it is given."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        super().__init__()
+        for name, value in arrays.items():  # "half" is also a method: no attribute can have it
+            tensor = torch.from_numpy(np.array(value))
+            if tensor.is_floating_point():
+                self._parameters[name] = nn.Parameter(tensor)
+            else:
+                self._buffers[name] = tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = self._parameters
+        if "body" in own:
+            return x[:, :2] @ own["body"].sum(0)
+        return (x @ own["weight"].T) * own["temperature"] + own["bias"] + own["half"]
+
+
+def larger() -> Arrays:
+    """Return a model of other names and shapes than ``model``."""
+    return {"body": np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 2, 2), "n": np.array(3)}
+
+
+def server_parts(recipe: Recipe, architectures: Sequence[str] = ()) -> dict[str, object]:
+    """Return what the server hands a strategy, for the toy's models; "large" is ``larger``."""
+    nets = {
+        name: ToyNet(larger() if name == "large" else model()) for name in architectures or ("",)
+    }
+    public = torch.from_numpy(np.random.default_rng(7).normal(size=(32, 3)).astype(np.float32))
+    parts = {"models": nets, "public": public}
+    return {name: parts[name] for name in recipe.needs}
 
 
 def strategy_of(name: str, config: dict | None = None, **shell) -> RuleStrategy:
     """Return a recipe's strategy with bounds that let any number of nodes take part."""
     recipe = STRATEGIES[name](RunConfig.read({"strategy": name, **(config or {})}))
     usual = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
-    return recipe.strategy(**{**usual, **shell})
+    parts = server_parts(recipe, shell.get("architectures", ()))
+    return recipe.strategy(**{**usual, **parts, **shell})
 
 
 def start(
