@@ -50,15 +50,18 @@ ROWS: dict[str, Callable[[Setting], Iterator[Line]]] = {
 
 
 def measure(names: list[str], setting: Setting, out: Path) -> dict[str, Any]:
-    """Measure rows and write both files after each line, beside the rows that are there already."""
+    """Measure rows and write both files after each line, beside the lines that are there already.
+
+    A line of the same comparison is replaced.
+    """
     path = out / "engine.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        lines: list[dict[str, Any]] = []
+        lines = {line["what"]: line for line in known.get(name, {"lines": []})["lines"]}
         for line in ROWS[name](setting):
-            lines.append({**line.as_json(), "verdict": line.verdict})
-            known[name] = {"machine": machine(), "lines": lines}
+            lines[line.what] = {**line.as_json(), "verdict": line.verdict}
+            known[name] = {"machine": machine(), "lines": list(lines.values())}
             path.write_text(json.dumps(known, indent=1) + "\n")
             (out / "engine.md").write_text(page_of(known))
             print(f"{line.what}: {line.figure} {line.verdict}; {line.note}", flush=True)
@@ -74,6 +77,7 @@ def main(
     ] = Path(".cache/engine"),
     out: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("benchmarks/results"),
     turns: Annotated[int, typer.Option(help="Most turns of a comparison; 0: its own.")] = 0,
+    clients: Annotated[str, typer.Option(help="Of row flower, with commas; empty: all.")] = "",
     quick: Annotated[bool, typer.Option(help="Tiny sizes in one process: only a test.")] = False,
 ) -> None:
     """Measure, and write engine.json and engine.md."""
@@ -90,6 +94,7 @@ def main(
         pfl_python=pfl_python,
         data_root=str((data_root or data_folder()).resolve()),
         most_turns=turns,
+        clients=tuple(map(int, filter(None, clients.split(",")))),
     )
     measure(names, setting, out)
 

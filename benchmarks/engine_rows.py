@@ -32,6 +32,7 @@ class Setting:
         most_turns: of any comparison; 0: as many as it has.
         pfl_python: the interpreter that has pfl; empty: no row of it.
         data_root: folder of data sets.
+        clients: of a round, where Flower's engine is compared; empty: all that are planned.
     """
 
     turns: Turns
@@ -40,6 +41,7 @@ class Setting:
     pfl_python: str = ""
     data_root: str = ""
     most_turns: int = 0
+    clients: tuple[int, ...] = ()
 
     def turns_of(self, usual: int) -> int:
         """Return how many turns a comparison takes."""
@@ -86,6 +88,8 @@ def against_flower(setting: Setting) -> Iterator[Line]:
     plan = {100: (6, 3), 1000: (3, 2), 10: (6, 3), 500: (3, 2)}  # clients: rounds, turns
     bars = {100: (3.0, 5.0), 1000: (6.0, 12.0)}
     for clients, (rounds, repeats) in ({4: (3, 1)} if setting.quick else plan).items():
+        if setting.clients and clients not in setting.clients:
+            continue
         for work in ("FedAvg", "MAML"):
             kernels = KERNELS[:1] if setting.quick else KERNELS
             jobs = {k: _ours(setting, work, clients, rounds, k) for k in kernels}

@@ -102,7 +102,7 @@ class FedDF(RuleStrategy):
         models: the module of each architecture by its name, of "" without ``architectures``.
         public: (N, ...) unlabelled records that are no secret, as the models take them.
         distillation: how students learn; None: the defaults.
-        device: where; "auto": on a GPU where there is one.
+        device: "cpu", or anything else for a GPU where the server has one.
         weighting: "examples" (p_i = n_i / sum n) or "uniform", of the averages.
         aggregate: how models of one architecture become one: ``mean``, ``median()``, ...
         shell: see ``RuleStrategy``.
@@ -128,13 +128,12 @@ class FedDF(RuleStrategy):
                 f"models of {', '.join(map(repr, models))}, architectures {', '.join(names)!r}: "
                 "FedDF computes with the module of each, and without architectures with that of ''"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         average = interpolate(weighting=weighting, aggregate=aggregate)
         rule = ensemble_distillation(
             by_architecture(average, names) if names else average,
             models,
-            public.to(device),
+            public.to(place),
             distillation or Distillation(),
             seed=shell.get("seed", 0),
         )

@@ -1,17 +1,21 @@
 """Public records: one fingerprint, one choice of rows at both ends, and where records come from."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, DataError, MissingDataError, WireError
-from metabloom.sim import DataSpec, dataset_spec, public_sources
+from metabloom.sim import DataSpec, dataset_spec, load_federation, public_sources
 from metabloom.sim.datasets._torchvision import VisionSet, train_images
 from metabloom.sim.datasets.label_skew import VISION_SETS
 from metabloom.sim.public import PublicData, check_agrees, fingerprint_of, held_out_rows
 from metabloom.sim.public_sources import check_kind, fit_images, load_public
+from metabloom.task import federation_of, public_of
 
 from .synthetic_data import IMAGES, install_fakes
 
@@ -180,6 +184,35 @@ def test_held_out_records_are_those_that_the_clients_lose(small_data):
     # The images are random: no image that is left is one of those held out.
     seen = {images[row].tobytes() for row in rows}
     assert not any(images[row].tobytes() in seen for row in left)
+
+
+def test_a_federation_gives_none_of_the_held_out_records_to_a_client(small_data):
+    """Each record of the whole set is a client's or public, never both."""
+    options = {"root": small_data, "seed": 3, "num_clients": 3, "partition": "iid"}
+
+    def records(federation):
+        sets = [federation.client(index).all[0] for index in range(len(federation))]
+        return Counter(row.numpy().tobytes() for row in torch.cat(sets))
+
+    public = load_public(
+        "held-out", dataset_spec("mnist"), size=8, seed=3, dataset="mnist", root=small_data
+    )
+    whole, left = (
+        records(load_federation("mnist", **options, **more)) for more in ({}, {"held_out": 8})
+    )
+    aside = Counter(row.numpy().tobytes() for row in public.inputs)
+    assert whole - aside == left
+    assert aside.total() == 8
+
+
+def test_the_federation_of_a_run_leaves_out_what_its_strategy_holds_out(small_data):
+    keys = {"dataset": "mnist", "data-root": str(small_data), "num-clients": 3, "public-size": 8}
+    sizes = {}
+    for strategy in ("fedavg", "feddf"):
+        federation = federation_of(RunConfig.read({**keys, "strategy": strategy}))
+        sizes[strategy] = sum(len(federation.client(i).all[1]) for i in range(len(federation)))
+    assert sizes["feddf"] == sizes["fedavg"] - 8
+    assert len(public_of(RunConfig.read({**keys, "strategy": "feddf"}))) == 8
 
 
 def test_another_set_is_made_to_fit_and_has_no_targets(small_data):
