@@ -29,6 +29,7 @@ import engine_aggregation
 import engine_kernels
 import engine_rows
 import engine_side
+import engine_steps
 import typer
 from engine_page import page_of
 from engine_rows import Setting
@@ -85,7 +86,11 @@ def main(
     for name in names:
         if name not in ROWS:
             raise unknown_name("row", name, ROWS)
-    scripts = {"engine_side.py": engine_side, "engine_aggregation.py": engine_aggregation}
+    scripts = {
+        "engine_side.py": engine_side,
+        "engine_aggregation.py": engine_aggregation,
+        "engine_steps.py": engine_steps,
+    }
     here = {name: module.run_job for name, module in scripts.items()} if quick else {}
     setting = Setting(
         turns=Turns(work.resolve(), here=here),

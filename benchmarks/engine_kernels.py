@@ -1,20 +1,22 @@
 """The rows of kernels: what one client's training takes, eager, compiled, and many at once.
 
-Clients answer in one process with one thread, one after another or, with vmap, together; what the
-server does with their replies is left out. Where there is a GPU its rows follow.
+Clients train in one process with one thread, one after another or, with vmap, together, the kernels
+in turn (``engine_steps``). Where there is a GPU its rows follow.
 """
 
+import sys
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 import engine_work
 import torch
-from engine_rows import Found, Setting, agreed
-from engine_turns import Line, line_of, usual
+from engine_rows import TOLERANCE, Setting
+from engine_turns import HERE, Line, line_of, usual
 
 KERNELS = ("eager", "compiled", "vmap")
-CLIENTS = 32
+CLIENTS = 16
+TURNS = 15
 MODELS = {"small CNN": {}, "mlp 64": {"model": "mlp", "model_args": "hidden=64"}}
 LEAF = {"LEAF's CNN, dense 128": {"model": "cnn", "model_args": "dense=128"}}
 GPU_CLIENTS = (8, 32, 128, 200, 512)
@@ -32,16 +34,20 @@ def lines(setting: Setting) -> Iterator[Line]:
 
 
 def _on_cpu(setting: Setting, work: str, name: str, keys: dict[str, Any]) -> Iterator[Line]:
-    clients, rounds = (2, 3) if setting.quick else (CLIENTS, 6)
+    clients = 2 if setting.quick else CLIENTS
     kernels = ("eager", "vmap") if setting.quick else KERNELS  # compiling takes its time
-    jobs = {kernel: _job(work, clients, rounds, kernel, **keys) for kernel in kernels}
-    cache = setting.turns.work / f"cache-{work}-{name}"  # empty at first: the first turn fills it
-    for job in jobs.values():
-        job["compile_cache"] = str(cache)
-    found = setting.turns.take(jobs, setting.turns_of(3))
-    apart = agreed(found, 1)
-    each = {kernel: [_client(one, clients) for one in turns] for kernel, turns in found.items()}
-    told = ", ".join(f"{kernel} {1e3 * median(took):.2f}" for kernel, took in each.items())
+    job = {
+        "config": engine_work.config_of(work, clients, **keys),
+        "clients": clients,
+        "kernels": kernels,
+        "turns": setting.turns_of(TURNS),
+        "compile_cache": str(setting.turns.work / f"cache-{work}-{name}"),  # empty at first
+    }
+    found = setting.turns.run(job, 0, (sys.executable, str(HERE / "engine_steps.py")))
+    if not found["apart"] <= TOLERANCE:
+        raise RuntimeError(f"{work}, {name}: replies differ by {found['apart']:.2g}")
+    each, first = found["ms"], found["first"]
+    told = ", ".join(f"{kernel} {median(took):.2f}" for kernel, took in each.items())
     for kernel in kernels[1:]:
         bar, aim = (1.3, 2.0) if kernel == "compiled" else (None, None)
         yield line_of(
@@ -49,8 +55,8 @@ def _on_cpu(setting: Setting, work: str, name: str, keys: dict[str, Any]) -> Ite
             [slow / fast for slow, fast in zip(each["eager"], each[kernel], strict=True)],
             bar=bar,
             aim=aim,
-            note=f"milliseconds of a client: {told}; {_compilation(found, kernel)}; models differ "
-            f"by {apart:.1g}",
+            note=f"milliseconds of a client: {told}; seconds of the first {clients} clients, "
+            f"{kernel}: {first[kernel]:.1f}; replies differ by {found['apart']:.1g}",
         )
 
 
@@ -58,18 +64,6 @@ def _job(work: str, clients: int, rounds: int, kernel: str, **keys: Any) -> dict
     config = engine_work.config_of(work, clients, kernel=kernel, **keys)
     job = {"engine": "cohort", "workers": 0, "rounds": rounds, "keep": [1]}
     return {**job, "config": config}
-
-
-def _client(one: dict[str, Any], clients: int) -> float:
-    """Return the seconds of a client, without the aggregation of its reply."""
-    return (usual(one) - median(one["aggregation"])) / clients
-
-
-def _compilation(found: Found, kernel: str) -> str:
-    """Tell what a first round takes more than a later one, without and with the cache on disk."""
-    extra = [one["first"] - usual(one) for one in found[kernel]]
-    warm = f", {median(extra[1:]):.1f} with the cache on disk" if len(extra) > 1 else ""
-    return f"seconds that the first round takes more: {extra[0]:.1f}{warm}"
 
 
 def _on_gpu(setting: Setting) -> Iterator[Line]:
