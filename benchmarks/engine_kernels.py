@@ -4,6 +4,7 @@ Clients train in one process with one thread, one after another or, with vmap, t
 in turn (``engine_steps``). Where there is a GPU its rows follow.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from statistics import median
@@ -41,7 +42,8 @@ def _on_cpu(setting: Setting, work: str, name: str, keys: dict[str, Any]) -> Ite
         "clients": clients,
         "kernels": kernels,
         "turns": setting.turns_of(TURNS),
-        "compile_cache": str(setting.turns.work / f"cache-{work}-{name}"),  # empty at first
+        # Empty at first. Without spaces, which the compiler's command line does not survive.
+        "compile_cache": str(setting.turns.work / re.sub(r"\W+", "-", f"cache-{work}-{name}")),
     }
     found = setting.turns.run(job, 0, (sys.executable, str(HERE / "engine_steps.py")))
     if not found["apart"] <= TOLERANCE:

@@ -57,6 +57,8 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
         found = zip(asked, run_cohort(trainings), strict=True)
         return [one.answered(result, sent, ROUND)[0] for one, result in found]
 
+    complaints = Complaints()
+    logging.getLogger("flwr").addHandler(complaints)
     first, taken, said = {}, {kernel: [] for kernel in job["kernels"]}, {}
     for kernel in job["kernels"]:
         began = time.perf_counter()
@@ -74,11 +76,22 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
         for reply, wanted in zip(found, base, strict=True)
         for one, other in zip(reply, wanted, strict=True)
     )
-    return {"ms": taken, "first": first, "apart": apart}
+    return {"ms": taken, "first": first, "apart": apart, "failures": complaints.said}
+
+
+class Complaints(logging.Handler):
+    """Keep warnings: a kernel that cannot be had is replaced by another with one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep what it says."""
+        self.said.append(record.getMessage())
 
 
 if __name__ == "__main__":
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     given, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     (folder / "found.json").write_text(json.dumps(run_job(given, folder)) + "\n")
