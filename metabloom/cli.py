@@ -216,5 +216,6 @@ def _print_outcome(folder: Path) -> None:
         console.print(f"{results['skipped']} rounds were skipped for want of good replies")
     if any("NaN" in one["reason"] for one in bad):
         console.print("NaN or infinity in replies: lower the learning rates")
-    where = Text(f"results: {folder}/results.json, model.safetensors, report.html")
+    models = ", ".join(sorted(file.name for file in folder.glob("model*.safetensors")))
+    where = Text(f"results: {folder}/results.json, {models}, report.html")
     console.print(where, soft_wrap=True)
