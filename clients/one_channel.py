@@ -34,26 +34,11 @@ class OneChannelAsMatrix(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call ``func``, or what stands in its place."""
-        options = dict(kwargs or {})
-        if func is torch.conv2d and _is_simple(*args, **options):
-            return _convolved(*args, **options)
-        return func(*args, **options)
-
-
-def _is_simple(
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> bool:
-    """Return whether ``_convolved`` takes these arguments of ``conv2d``."""
-    del bias, stride
-    is_batch_of_one_channel = inputs.ndim == 4 and weight.shape[1] == groups == 1
-    has_numbers = not isinstance(padding, str) and _pair(dilation) == (1, 1)
-    return is_batch_of_one_channel and has_numbers and inputs.device.type == "cpu"
+        if func is torch.conv2d:
+            product = _convolved(*args, **(kwargs or {}))
+            if product is not None:
+                return product
+        return func(*args, **(kwargs or {}))
 
 
 def _convolved(
@@ -64,9 +49,16 @@ def _convolved(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Tensor:
-    """Return ``conv2d`` of the same arguments: (B, 1, H, W) -> (B, O, H', W')."""
-    del dilation, groups  # 1 each
+) -> Tensor | None:
+    """Return ``conv2d`` of the same arguments: (B, 1, H, W) -> (B, O, H', W').
+
+    None where they are of another kind: more channels, no batch, groups, dilation, a padding in
+    words, a GPU.
+    """
+    is_batch_of_one_channel = inputs.ndim == 4 and weight.shape[1] == groups == 1
+    has_numbers = not isinstance(padding, str) and _pair(dilation) == (1, 1)
+    if not (is_batch_of_one_channel and has_numbers and inputs.device.type == "cpu"):
+        return None
     (down, right), (rows, columns) = _pair(stride), _pair(padding)
     out, _, height, width = weight.shape
     padded = F.pad(inputs[:, 0], (columns, columns, rows, rows))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from flwr.app import Context
-from torch import nn
 
 from .clients import CLIENTS, ClientStore, Learner, client_app
 from .clients.kernel import Kernel
@@ -17,7 +16,7 @@ from .errors import ConfigError, MissingDataError
 from .pins import KEYS, ROOT, privacy_of
 from .sim import Federation
 from .strategies import Recipe
-from .task import architectures_of_clients, device_of, federation_of, models_of, recipe_of
+from .task import architectures_of_clients, device_of, federation_of, model_of, recipe_of
 from .wire import ARCHITECTURE, CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
 FEWEST = 3  # nodes
@@ -32,7 +31,6 @@ class _Task:
 
     config: RunConfig
     recipe: Recipe
-    models: dict[str, nn.Module]
     device: str
     kernel: Kernel
 
@@ -47,7 +45,7 @@ def _task(run_config: tuple[tuple[str, type, object], ...]) -> _Task:
     """Return the task of a run config, built once a process."""
     config = RunConfig.read({key: value for key, _, value in run_config})
     recipe = recipe_of(config)
-    return _Task(config, recipe, models_of(config), device_of(config), kernel_of(config))
+    return _Task(config, recipe, device_of(config), kernel_of(config))
 
 
 def client_fn(context: Context) -> Learner:
@@ -60,7 +58,7 @@ def client_fn(context: Context) -> Learner:
         federation, index = _place(context, config)
         architecture = _architecture(context, config, federation, index)
     return CLIENTS[recipe.client](
-        task.models[architecture],
+        model_of(config, architecture),  # its own alone: a weak node builds no other
         lambda: federation.client(index),
         inner_lr=config.inner_lr,
         eval_steps=config.adaptation_steps,
@@ -90,6 +88,7 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
     if privacy is not None and federation.has_fixed_split(index):
         raise ConfigError(f"{config.dataset}: {DEPENDENT}")
     architecture = _architecture(context, config, federation, index)
+    model_of(config, architecture)  # raises where it cannot be built
     return {
         ROLE: federation.roles[index],
         CLIENT_NAME: federation.client_ids[index],

@@ -129,16 +129,18 @@ class FedDF(RuleStrategy):
                 "FedDF computes with the module of each, and without architectures with that of ''"
             )
         place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        how = distillation or Distillation()
         average = interpolate(weighting=weighting, aggregate=aggregate)
         rule = ensemble_distillation(
             by_architecture(average, names) if names else average,
             models,
             public.to(place),
-            distillation or Distillation(),
+            how,
             seed=shell.get("seed", 0),
         )
         super().__init__(rule, **shell)
         self.weighting = weighting
+        self.distillation = str(how)  # a run that is resumed must have the same
 
 
 @STRATEGIES.register("feddf")

@@ -88,9 +88,10 @@ class Kinds:
             kinds[message.metadata.message_id] = kind
             asked[kind].append(message)
         answered: dict[str, list[Message]] = defaultdict(list)
+        anyone = next(iter(asked), "")  # is told of a reply that nobody asked for
         for reply in replies:
             to = reply.metadata.reply_to_message_id if isinstance(reply, Message) else ""
-            answered[kinds.get(to, next(iter(asked)))].append(reply)  # or nobody asked for it
+            answered[kinds.get(to, anyone)].append(reply)
         return merged(sort(own, answered[kind], part_of(sent, kind)) for kind, own in asked.items())
 
     def answers(

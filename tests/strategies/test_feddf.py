@@ -156,10 +156,12 @@ def test_it_stops_once_the_loss_has_not_fallen_for_some_checks():
             calls.append(torch.is_grad_enabled())
             return super().forward(x)
 
-    exact = (PUBLIC @ torch.from_numpy(flat(1)["W"])).softmax(1)
-    patient = replace(HOW, patience=2)
-    distilled(Counted(), flat(1), PUBLIC, exact, patient, torch.Generator().manual_seed(0))
-    assert sum(calls) <= 3 * HOW.steps // 10  # steps
+    targets = (PUBLIC @ torch.from_numpy(flat(2)["W"])).softmax(1)
+    hopeless = replace(HOW, lr=1e4, patience=2)  # no step of so long a stride is one nearer
+    generator = torch.Generator().manual_seed(0)
+    found = distilled(Counted(), flat(1), PUBLIC, targets, hopeless, generator)
+    assert sum(calls) == 2 * HOW.steps // 10  # two checks in vain of ten
+    assert np.array_equal(found["W"], flat(1)["W"])
 
 
 def test_the_logits_of_a_teacher_are_computed_once_a_round():
@@ -192,6 +194,14 @@ def test_two_rounds_are_the_same_from_run_to_run_and_draw_other_batches():
     _, next_round = chosen.update(runs[0][0], sent, replies)
     assert any(not np.array_equal(runs[0][1][key], next_round[key]) for key in sent)
     assert runs[0][0]["round"] == 1
+
+
+def test_a_checkpoint_must_have_been_written_with_the_same_distillation():
+    one, other = (
+        FedDF(models={"": Flat()}, public=PUBLIC, distillation=replace(HOW, steps=steps)).settings
+        for steps in (10, 20)
+    )
+    assert one != other
 
 
 def test_models_that_are_not_those_of_the_architectures_are_refused():
