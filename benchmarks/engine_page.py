@@ -15,9 +15,9 @@ TITLES = {
 }
 HEAD = "| comparison | at least | aim | reached | least to most | | sides |"
 ABOUT = (
-    "Each side runs in a fresh process, the sides in turn; a figure is the median of the turns' "
-    "ratios, with the least and the most. The first round of a side, with start, roll call and "
-    "compilation, is left out and stands beside it. Work: small CNN on 28x28 images (0.42 MB); "
+    "Each side runs in a fresh process (kernels: all in one), the sides in turn; a figure is the "
+    "median of the turns' ratios, with the least and the most. The first round of a side, with "
+    "start, roll call and compilation, is left out and stands beside it. Work: small CNN on 28x28 images (0.42 MB); "
     "FedAvg: five SGD steps of batch 10; MAML: FedMeta, exact, one inner step on 25 records, 25 to "
     "be judged on. One processor for each actor on both sides, Ray's workers not niced. A ratio "
     "stands only where the models of all sides agree within 1e-5 after the first round, and those "
@@ -26,8 +26,7 @@ ABOUT = (
     "differ grows over the rounds.) The bars are for the compiled kernel, which a run of some "
     "length takes by itself; eager is shown beside it. The cores are those of a shared host, whose "
     "speed drifts: read the ratios rather than the seconds. Memory is proportional (PSS), driver, "
-    "actors and Ray's own processes "
-    "together."
+    "actors and Ray's own processes together."
 )
 
 

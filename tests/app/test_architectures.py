@@ -139,3 +139,23 @@ def test_a_run_of_three_architectures_writes_each_model_and_its_scores(
             for key, value in initial.state_dict().items()
         )
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_private_clients_train_the_architecture_that_they_have(tmp_path: Path):
+    private = {
+        "privacy.noise-multiplier": 1.0,
+        "privacy.expected-batch-size": 30.0,
+        "privacy.target-epsilon": 1000.0,
+        "privacy.unprotected-metrics": "all",
+    }
+    keys = {**RUN, **private, "rounds": 1, "out": str(tmp_path)}
+    config = as_carried_out(RunConfig.read(keys))
+    with cohort_grid(config) as grid:
+        run(grid, config)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["failures"] == results["quarantined"] == results["skipped"] == 0
+    assert results["privacy"]["record_level"]["epsilon_max"] > 0
+    for name, initial in models_of(config).items():
+        trained = load_file(tmp_path / f"model-{name}.safetensors")
+        noised = [not np.array_equal(trained[k], v) for k, v in initial.state_dict().items()]
+        assert all(noised), name

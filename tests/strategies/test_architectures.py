@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from metabloom.architectures import joined, part_of
 from metabloom.errors import ConfigError, MetabloomError
+from metabloom.sim import CohortGrid
 from metabloom.strategies import STRATEGIES, Checkpoints, Reply, UserLevelPrivacy, interpolate
 from metabloom.strategies.by_architecture import by_architecture
 from metabloom.strategies.shell import roll_call
@@ -184,3 +186,15 @@ def test_the_rule_keeps_the_state_of_each_architecture_apart():
     assert calls == [(["x"], [["x"]] * 3)]
     assert list(new) == list(arrays)
     assert rule.mean_by is None  # the mean over all architectures would be none of any model
+
+
+def test_replies_where_nobody_was_asked_are_left_out():
+    toy = Toy(architectures=OF_NODES)
+    strategy = strategy_of("fedavg", architectures=KINDS)
+    start(strategy, toy, nodes=5, rounds=1, arrays=both())
+    grid = CohortGrid(toy.app(), num_nodes=1)
+    (node_id,) = grid.get_node_ids()
+    asked = Message(RecordDict({"config": ConfigRecord()}), node_id, "query.roll_call")
+    stray = list(grid.send_and_receive([asked]))
+    strategy._round.messages = []
+    assert strategy.aggregate_train(2, stray) == (None, None)
