@@ -301,7 +301,8 @@ def main(
                 rows += measured(name, batch, turns)
                 print(*rows[-5:], sep="\n", file=sys.stderr)
     machine = (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}), Python {platform.python_version()}, "
         f"torch {torch.__version__}, one thread"
     )
     page = page_of(rows, machine)

@@ -8,6 +8,7 @@ processor's, of one thread; those of the first turn are by the clock and stand a
 
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -71,12 +72,16 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
             taken[kernel].append(1e3 * (time.process_time() - began) / len(indices))
     base, *others = said.values()
     apart = max(
-        float(np.abs(one - other).max())
+        _length(reply, wanted) / _length(wanted, sent)
         for found in others
         for reply, wanted in zip(found, base, strict=True)
-        for one, other in zip(reply, wanted, strict=True)
     )
     return {"ms": taken, "first": first, "apart": apart, "failures": complaints.said}
+
+
+def _length(ours: Reply, theirs: Reply) -> float:
+    """Return the L2 norm of the difference of two models."""
+    return math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in zip(ours, theirs, strict=True)))
 
 
 class Complaints(logging.Handler):

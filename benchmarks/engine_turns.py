@@ -196,7 +196,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -7,36 +7,50 @@ from ..registry import Registry
 from .adapter import client_app
 from .data import ClientData
 from .evaluation import adaptation_curve
+from .fedkd import FedKDClient, mutual_update
 from .learner import Learner
 from .local_update import LocalResult, LocalUpdate, run_update
+from .logits import LogitsClient
 from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
+from .meta_teacher import MetaTeacherClient, teach
 from .privacy import PrivacyConfig, PrivacyLedger
 from .sgd import SGDClient, sgd_update
 from .store import ClientStore
+from .taught import TaughtClient
 
 CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
+CLIENTS.add("fedkd", FedKDClient)
+CLIENTS.add("logits", LogitsClient)
 CLIENTS.add("maml", MAMLClient)
+CLIENTS.add("meta-teacher", MetaTeacherClient)
 CLIENTS.add("sgd", SGDClient)
+CLIENTS.add("taught", TaughtClient)
 
 __all__ = [
     "CLIENTS",
     "ClientData",
     "ClientStore",
+    "FedKDClient",
     "Learner",
     "LocalResult",
     "LocalUpdate",
+    "LogitsClient",
     "MAMLClient",
     "MetaBatch",
     "MetaGradient",
+    "MetaTeacherClient",
     "PrivacyConfig",
     "PrivacyLedger",
     "SGDClient",
+    "TaughtClient",
     "adapt",
     "adaptation_curve",
     "client_app",
     "maml_update",
     "meta_gradient",
+    "mutual_update",
     "run_update",
     "sgd_update",
+    "teach",
 ]

@@ -22,6 +22,7 @@ from ..wire import (
     PROPERTIES,
     ROLL_CALL,
     SERVER_ROUND,
+    TEACHER,
     from_record,
     to_record,
 )
@@ -140,8 +141,7 @@ class CohortApp(ClientApp):
             self._built[id(context)] = client
             return None
         names, parameters = _received(client, message.content)
-        (record,) = message.content.array_records.values()
-        arrays = tuple(record.values())  # copies of a record share them
+        arrays = tuple(_model_in(message.content).values())  # copies of a record share them
         key = (client.model, client.device, *map(id, arrays))
         if key not in received:
             model = client.model
@@ -206,7 +206,11 @@ def _answer_roll_call(
 
 
 def _train(client: NumPyClient, content: RecordDict) -> RecordDict:
-    names, parameters = _received(client, content)
+    fit_named = getattr(client, "fit_named", None)  # where other arrays travel than the model's
+    if fit_named and (said := fit_named(from_record(_model_in(content)), _config(content))):
+        named, num_examples, metrics = said
+        return RecordDict({ARRAYS: to_record(named), **_measured(metrics, num_examples)})
+    names, parameters = _received(client, content, getattr(client, "exchanged_names", ()))
     return _trained(client, names, *client.fit(parameters, _config(content)))
 
 
@@ -234,29 +238,43 @@ def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
     return RecordDict(_measured({**known, **metrics}, num_examples))
 
 
-def _received(client: NumPyClient, content: RecordDict) -> tuple[tuple[str, ...], list[np.ndarray]]:
+def _received(
+    client: NumPyClient, content: RecordDict, exchanged: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Return the names and arrays of the one ArrayRecord.
 
     A client with ``array_names`` gets them by name, in its order; arrays that are only numbered
     (``ArrayRecord(list_of_ndarrays)``) go by position.
+
+    Args:
+        client: whose names count.
+        content: of the message.
+        exchanged: the names, where it is not the model that is exchanged.
     """
-    if len(content.array_records) != 1:
-        raise WireError(
-            f"the message holds {len(content.array_records)} ArrayRecords, exactly one is needed: "
-            f"send {{'{ARRAYS}': ArrayRecord, '{CONFIG}': ConfigRecord}}"
-        )
-    (record,) = content.array_records.values()
-    arrays = from_record(record)
+    arrays = from_record(_model_in(content))
     names = tuple(str(position) for position in range(len(arrays)))
     if set(names) != set(arrays):
-        names = getattr(client, "array_names", tuple(arrays))
+        names = exchanged or getattr(client, "array_names", tuple(arrays))
     if set(names) != set(arrays):
         wrong = sorted(set(names) ^ set(arrays))
         raise WireError(
             f"the server's arrays and the client's model differ in {', '.join(wrong)}: "
             "server and client must build the same model"
         )
+    if TEACHER in content.array_records and hasattr(client, "take_teacher"):
+        client.take_teacher(from_record(content.array_records[TEACHER]))
     return names, [arrays[name] for name in names]
+
+
+def _model_in(content: RecordDict) -> ArrayRecord:
+    """Return the one ArrayRecord, beside which a teacher may have come."""
+    records = [one for name, one in content.array_records.items() if name != TEACHER]
+    if len(records) != 1:
+        raise WireError(
+            f"the message holds {len(records)} ArrayRecords, exactly one is needed: "
+            f"send {{'{ARRAYS}': ArrayRecord, '{CONFIG}': ConfigRecord}}"
+        )
+    return records[0]
 
 
 def _config(content: RecordDict) -> dict[str, bool | bytes | float | int | str]:

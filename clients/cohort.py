@@ -9,6 +9,7 @@ else is in the cohort and however it is cut into chunks.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from logging import WARNING
 from typing import Any
@@ -28,6 +29,7 @@ from .kernel import Few, first_line
 from .local_update import LocalResult
 from .objective import Params, objective, predict, takes_padding
 from .room import Room
+from .soft_targets import loss_of_packed
 from .training import LocalTraining, Rule, has_indices, is_hashable, run_eagerly
 
 Outcome = LocalResult | Exception
@@ -43,6 +45,7 @@ PLAIN_MEANS = (  # for all targets without a negative index
     F.huber_loss,
     F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits,
+    loss_of_packed,
 )
 PLAIN_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
@@ -345,7 +348,8 @@ def _made_up(rule: Rule, params: Params, kind: Kind) -> Batch:
             return torch.randn(count, *shape, generator=draw).to(dtype)
         return torch.randint(2, (count, *shape), generator=draw).to(dtype)
 
-    is_known = rule.loss_fn in PLAIN_MEANS or type(rule.loss_fn) in PLAIN_MODULES
+    loss = rule.loss_fn.func if isinstance(rule.loss_fn, partial) else rule.loss_fn
+    is_known = loss in PLAIN_MEANS or type(loss) in PLAIN_MODULES
     if is_known and target_dtype.is_floating_point:
         return inputs(PROBE), torch.rand(PROBE, *target_shape, generator=draw).to(target_dtype)
     columns = predict(rule.model, params, inputs(1).to(device)).shape[1]

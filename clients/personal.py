@@ -8,6 +8,8 @@ from ..wire import NamedArrays
 from .objective import Params
 from .store import ClientStore, Config, LastingState
 
+PERSONAL = "personal"
+
 
 class PersonalModel:
     """The personal model of one client.
@@ -16,19 +18,25 @@ class PersonalModel:
         context: Flower's, in whose state the model lasts.
         client: the client's name.
         store: where it outlives the context; None: nowhere.
+        kind: of the state: models that must not be taken for each other have different ones.
 
     Raises:
         ConfigError: where there is no context to keep it in.
     """
 
     def __init__(
-        self, context: Context | None, *, client: str = "", store: ClientStore | None = None
+        self,
+        context: Context | None,
+        *,
+        client: str = "",
+        store: ClientStore | None = None,
+        kind: str = PERSONAL,
     ) -> None:
         if context is None:
             raise ConfigError(
                 "a personal model needs context=: it lasts over rounds in Flower's Context.state"
             )
-        self._state = LastingState(context, kind="personal", client=client, store=store)
+        self._state = LastingState(context, kind=kind, client=client, store=store)
 
     def before(self, config: Config, device: str) -> Params | None:
         """Return the model of the rounds before ``config``'s on ``device``; None where none is."""

@@ -164,6 +164,17 @@ class SGDClient(Learner):
         self, private: PrivateRounds, parameters: NDArrays, config: Config
     ) -> tuple[NDArrays, int, Config]:
         """Return the privatised model, and epsilon; with Ditto, train the personal model too."""
+        training = self.private_training(config)
+        try:
+            reply = self.fit_privately(private, training, parameters, config)
+        except BudgetExhaustedError:  # nothing is released any more; the device goes on for itself
+            self._personalise(parameters, config)
+            raise
+        self._personalise(parameters, config)
+        return reply
+
+    def private_training(self, config: Config) -> Training:
+        """Return the steps of DP-SGD of the round that ``config`` names."""
         mu = self._proximal_mu(config)
 
         def events(privacy: PrivacyConfig) -> list[Event]:
@@ -172,14 +183,7 @@ class SGDClient(Learner):
         def update(releases: Releases, privacy: PrivacyConfig) -> LocalUpdate[Any, int]:
             return private_sgd_update(releases, privacy, lr=self.local_lr, proximal_mu=mu)
 
-        training = Training("dp-sgd", events, update, self.local_steps)
-        try:
-            reply = self.fit_privately(private, training, parameters, config)
-        except BudgetExhaustedError:  # nothing is released any more; the device goes on for itself
-            self._personalise(parameters, config)
-            raise
-        self._personalise(parameters, config)
-        return reply
+        return Training("dp-sgd", events, update, self.local_steps)
 
     def _personalise(self, parameters: NDArrays, config: Config) -> None:
         """Train the personal model, where there is one; it stays on the client."""

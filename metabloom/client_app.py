@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,7 +16,14 @@ from .errors import ConfigError, MissingDataError
 from .pins import KEYS, ROOT, privacy_of
 from .sim import Federation
 from .strategies import Recipe
-from .task import architectures_of_clients, device_of, federation_of, model_of, recipe_of
+from .task import (
+    architectures_of_clients,
+    client_parts,
+    device_of,
+    federation_of,
+    model_of,
+    recipe_of,
+)
 from .wire import ARCHITECTURE, CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
 
 FEWEST = 3  # nodes
@@ -33,6 +40,11 @@ class _Task:
     recipe: Recipe
     device: str
     kernel: Kernel
+
+    @cached_property
+    def parts(self) -> dict[str, object]:
+        """What the recipe says that each client needs, the same for all."""
+        return client_parts(self.config)
 
 
 def _items(context: Context) -> tuple[tuple[str, type, object], ...]:
@@ -70,6 +82,7 @@ def client_fn(context: Context) -> Learner:
         privacy=privacy_of(context.node_config, config, federation.client_ids[index]),
         kernel=task.kernel,
         **recipe.client_options,
+        **task.parts,
     )
 
 
@@ -89,6 +102,7 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
         raise ConfigError(f"{config.dataset}: {DEPENDENT}")
     architecture = _architecture(context, config, federation, index)
     model_of(config, architecture)  # raises where it cannot be built
+    _ = _task(_items(context)).parts  # as that
     return {
         ROLE: federation.roles[index],
         CLIENT_NAME: federation.client_ids[index],

@@ -119,13 +119,67 @@ class RunKeys(BaseModel):
 
     public_data: str = Field(
         "",
-        description="feddf: unlabelled records that are no secret: held-out (of the data set), "
-        "dataset:NAME, noise, smooth-noise; empty: held-out where the data set can, else noise",
+        description="distillation: records that are no secret: held-out (of the data set), "
+        "dataset:NAME, noise, smooth-noise; empty: held-out where the data set can, else noise; "
+        "with privacy it must be set, which declares them public",
     )
-    public_size: Count = Field(2000, description="feddf: how many public records")
-    distill_steps: Count = Field(500, description="feddf: steps of Adam of each student in a round")
-    distill_lr: Rate = Field(1e-3, description="feddf: its learning rate at first")
-    distill_batch_size: Count = Field(128, description="feddf: public records of a step")
+    public_size: Count = Field(2000, description="how many public records")
+    public_subset: CountOrDefault = Field(
+        0, description="fedmd, ds-fl: public records of a round, drawn by chance; 0: all"
+    )
+    distill_validation: CountOrDefault = Field(
+        0,
+        description="feddf: further held-out records, whose labels the server knows: models below "
+        "chance on them teach nobody, and students stop by them; 0: none",
+    )
+    distill_steps: Count = Field(
+        500, description="steps of Adam of each of the server's students in a round"
+    )
+    distill_lr: Rate = Field(1e-3, description="its learning rate at first")
+    distill_batch_size: Count = Field(128, description="public records of a step, at both ends")
+    digest_epochs: Count = Field(
+        1, description="fedmd, ds-fl: a client's epochs of SGD on what was agreed"
+    )
+    digest_lr: Rate = Field(0.1, description="fedmd, ds-fl: its learning rate")
+    logits_encoding: Literal["float32", "float16", "int8"] = Field(
+        "float32", description="fedmd, ds-fl: how logits travel, both ways"
+    )
+    era_temperature: Rate = Field(
+        0.1, description="ds-fl: mean probabilities are divided by it (T); smaller is sharper"
+    )
+
+    mentor: str = Field(
+        "", description="fedkd: the private model of each client, e.g. 'mlp hidden=400'"
+    )
+    energy_start: float = Field(
+        0.95, gt=0, le=1, description="fedkd: share of an update's energy that is sent at first"
+    )
+    energy_end: float = Field(0.98, gt=0, le=1, description="fedkd: that share in the last round")
+
+    teacher: str = Field(
+        "",
+        description="teacher-student, meta-teacher: results folder of the run that trained it, or "
+        "a safetensors file",
+    )
+    teacher_model: str = Field(
+        "",
+        description="the teacher's model, e.g. 'cnn' or 'mlp hidden=400'; empty: as its run says",
+    )
+    teacher_is_public: bool = Field(
+        False,
+        description="with privacy: the teacher is no secret of the clients, though not trained "
+        "privately",
+    )
+    distill_alpha: float = Field(
+        0.5, ge=0, le=1, description="share of the teacher in a student's loss on a client"
+    )
+    distill_temperature: Rate = Field(
+        4.0, description="temperature of the teacher's and the student's outputs in that share (T)"
+    )
+    teach_steps: Count = Field(
+        100, description="meta-teacher: steps in which a client's student learns from the teacher"
+    )
+    teach_lr: Rate = Field(0.01, description="meta-teacher: learning rate of these steps")
 
     min_fit_replies: Count = Field(
         1, description="good replies that a round needs; with fewer the model stays"

@@ -19,10 +19,11 @@ from .errors import ConfigError
 from .execution import Device
 from .keys import Scalar, key_of, parse_options
 from .models import build_model, check_model
+from .public import PublicData
 from .sim import DataSpec, Federation, dataset_spec, load_federation
-from .sim.public import PublicData
 from .sim.public_sources import load_public, usual_kind
 from .strategies import STRATEGIES, Recipe
+from .teacher import teacher_config, teacher_of
 
 STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others do not
     "inner_steps",
@@ -44,8 +45,24 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "distill_steps",
     "distill_lr",
     "distill_batch_size",
+    "public_subset",
+    "digest_epochs",
+    "digest_lr",
+    "logits_encoding",
+    "era_temperature",
+    "energy_start",
+    "energy_end",
+    "distill_alpha",
+    "distill_temperature",
+    "teach_steps",
+    "teach_lr",
 )
-PUBLIC_KEYS = {"public_data", "public_size"}  # of strategies that need public records
+NEEDED = {  # keys that are read for what a recipe says that it needs
+    "public": {"public_data", "public_size"},
+    "validation": {"distill_validation"},
+    "mentor": {"mentor"},
+    "teacher": {"teacher", "teacher_model", "teacher_is_public"},
+}
 
 
 def recipe_of(config: RunConfig) -> Recipe:
@@ -65,12 +82,12 @@ def idle_keys(config: RunConfig) -> list[str]:
     _import_plugins(config.plugins)
     watch = _Watch(config)
     recipe = STRATEGIES[config.strategy](cast(RunConfig, watch))
-    if "public" in recipe.needs:
-        watch.read |= PUBLIC_KEYS
+    for need in {*recipe.needs, *recipe.client_needs} & NEEDED.keys():
+        watch.read |= NEEDED[need]
     defaults = RunConfig.read({})
     if config.is_user_private:  # each client counts alike
         watch.read -= {"weighting"}
-    keys = (*STRATEGY_KEYS, *sorted(PUBLIC_KEYS))
+    keys = (*STRATEGY_KEYS, *sorted(set().union(*NEEDED.values())))
     changed = [key for key in keys if getattr(config, key) != getattr(defaults, key)]
     return [key_of(key) for key in changed if key not in watch.read]
 
@@ -121,33 +138,97 @@ def server_parts(config: RunConfig) -> dict[str, object]:
     """
     make: dict[str, Callable[[], object]] = {
         "models": lambda: models_of(config),
-        "public": lambda: public_of(config).inputs,
+        "public": lambda: public_of(config),
+        "validation": lambda: validation_of(config),
+        "num_classes": lambda: spec_of(config).num_classes,
+        "teacher": lambda: teacher_of(config, model_of(teacher_config(config))),
     }
     return {name: make[name]() for name in recipe_of(config).needs}
+
+
+def client_parts(config: RunConfig) -> dict[str, object]:
+    """Return the keyword arguments of the client that its recipe says it needs.
+
+    Raises:
+        ConfigError, MissingDataError, DataError: where they cannot be had.
+    """
+    make: dict[str, Callable[[], object]] = {
+        "public": lambda: public_of(config),
+        "mentor": lambda: model_of(mentor_config(config)),
+        "teacher": lambda: model_of(teacher_config(config)),
+    }
+    return {name: make[name]() for name in recipe_of(config).client_needs}
+
+
+def mentor_config(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the clients' private model in the place of the shared one.
+
+    Raises:
+        ConfigError: where it is not said which model that is.
+    """
+    model, _, options = config.mentor.strip().partition(" ")
+    if not model:
+        raise ConfigError(
+            f"strategy = {config.strategy!r} needs a private model for the clients: "
+            "set mentor, e.g. mentor = 'mlp hidden=400'"
+        )
+    parse_options(options, key="mentor")
+    return config.model_copy(update={"model": model, "model_args": options})
 
 
 def public_kind(config: RunConfig) -> str:
     """Return which public records the run has, by the name of their kind; "" where it needs none.
 
+    Raises:
+        ConfigError: with privacy, where nobody has said that they are public.
+
     >>> public_kind(RunConfig.read({"strategy": "feddf", "dataset": "digits"}))
     'noise'
     """
-    if "public" not in recipe_of(config).needs:
+    recipe = recipe_of(config)
+    if "public" not in (*recipe.needs, *recipe.client_needs):
         return ""
-    return config.public_data or usual_kind(config.dataset)
+    usual = usual_kind(config.dataset)
+    if not config.public_data and (config.is_private or config.is_user_private):
+        raise ConfigError(
+            f"public-data is empty, and this run has privacy: what models say of these records "
+            f"leaves the clients unprotected; public-data = {usual!r} declares them public"
+        )
+    return config.public_data or usual
 
 
 def public_of(config: RunConfig) -> PublicData:
     """Return the public records of a run, the same at both ends."""
-    return load_public(
-        public_kind(config),
+    return _public(config)[0]
+
+
+def validation_of(config: RunConfig) -> PublicData | None:
+    """Return the server's labelled records, which no client gets; None where there are none.
+
+    Raises:
+        ConfigError: they are wanted, and records of this kind have no labels.
+    """
+    return _public(config)[1]
+
+
+@lru_cache(maxsize=2)
+def _public(config: RunConfig) -> tuple[PublicData, PublicData | None]:
+    kind, validation = public_kind(config), config.distill_validation
+    if validation and kind != "held-out":
+        raise ConfigError(
+            f"distill-validation = {validation} with public-data = {kind!r}: its records have no "
+            "labels of this data set's classes; use public-data = 'held-out', or 0"
+        )
+    public = load_public(
+        kind,
         spec_of(config),
-        size=config.public_size,
+        size=config.public_size + validation,
         seed=config.seed,
         dataset=config.dataset,
         root=config.data_folder,
         download=config.download,
     )
+    return public.split(validation, config.seed) if validation else (public, None)
 
 
 def models_of(config: RunConfig) -> dict[str, nn.Module]:
@@ -240,5 +321,5 @@ def _options(config: RunConfig) -> dict[str, Scalar]:
                 f"dataset-args = {config.dataset_args!r}: {name} is a key of its own, set {key}"
             )
     if public_kind(config) == "held-out":
-        options["held_out"] = config.public_size
+        options["held_out"] = config.public_size + config.distill_validation
     return options

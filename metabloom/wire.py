@@ -25,6 +25,10 @@ RUN_TOKEN = "run-token"  # the same over resumes, where Flower's run id is anoth
 PRIVACY_EPSILON = "privacy-epsilon"  # what a private client's ledger has come to
 PRIVACY_DELTA = "privacy-delta"  # at which
 KEPT_ROUND = "kept-round"  # the oldest round that the server may resume from
+TEACHER = "teacher"  # a second ArrayRecord, of a model that the client is to learn from
+TEACHER_DIGEST = "teacher-digest"  # which one is meant, also where it does not come along
+TEACHER_PRIVATE = "teacher-private"  # whether it was trained with privacy, or is no secret
+TEACHER_LR = "teacher-inner-lr"  # the rate at which it was adapted to clients
 
 ROLL_CALL = "query.roll_call"
 PROPERTIES = "properties"

@@ -1,6 +1,7 @@
 """Federations of real data, and the simulator that runs a strategy on them."""
 
 from .. import __version__ as _v  # noqa: F401  an import as plain `sim` fails here: there is no second copy
+from ..public import PublicData, check_agrees, fingerprint_of, held_out_rows
 from ..registry import discover as _discover
 from . import datasets as _datasets
 from .federation import (
@@ -16,7 +17,6 @@ from .federation import (
     register_dataset,
 )
 from .grid import CohortGrid
-from .public import PublicData, check_agrees, fingerprint_of, held_out_rows
 from .public_sources import load_public
 
 _discover(_datasets.__name__, list(_datasets.__path__))

@@ -22,11 +22,11 @@ from torch.nn.functional import interpolate
 
 from ..config import data_folder
 from ..errors import ConfigError, DataError, unknown_name
+from ..public import PublicData, held_out_rows
 from ..streams import numpy_stream
 from .datasets._spec import DataSpec, to_batch
 from .datasets._torchvision import train_images
 from .datasets.label_skew import VISION_SETS
-from .public import PublicData, held_out_rows
 
 KINDS = ("held-out", "dataset:NAME", "noise", "smooth-noise")
 OTHER = "dataset:"

@@ -12,7 +12,13 @@ from safetensors.numpy import save
 
 from .. import __version__
 from ..architectures import part_of
-from ..clients.evaluation import ACCURACY_BEFORE, LOSS_BEFORE, accuracy_after, loss_after
+from ..clients.evaluation import (
+    ACCURACY_BEFORE,
+    LOSS,
+    LOSS_BEFORE,
+    accuracy_after,
+    loss_after,
+)
 from ..config import RunConfig
 from ..files import write_atomic
 from ..strategies import ClientScore, RoundReport, RunResult, UserLevelSpent
@@ -90,13 +96,20 @@ def write_results(
 
 
 def _adaptation(scores: Sequence[ClientScore], steps: Sequence[int]) -> dict[str, Any]:
-    """Return accuracy and loss before and after adaptation: means over clients, and each client."""
+    """Return accuracy and loss before and after adaptation: means over clients, and each client.
+
+    What else clients report (the scores of a teacher, say) is averaged under "other".
+    """
+    usual = {LOSS, LOSS_BEFORE, ACCURACY_BEFORE}
+    usual |= {name(n) for n in steps for name in (loss_after, accuracy_after)}
+    others = sorted({name for one in scores for name in one.metrics} - usual)
     return {
         "average": "macro",
         "accuracy_before": _mean(scores, ACCURACY_BEFORE),
         "accuracy_after": {str(n): _mean(scores, accuracy_after(n)) for n in steps},
         "loss_before": _mean(scores, LOSS_BEFORE),
         "loss_after": {str(n): _mean(scores, loss_after(n)) for n in steps},
+        **({"other": {name: _mean(scores, name) for name in others}} if others else {}),
         "per_client": [
             {
                 "client": one.client,

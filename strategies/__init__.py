@@ -5,10 +5,14 @@ from ..registry import discover
 from .aggregation import median, multi_krum, trimmed_mean
 from .distilled import Distillation
 from .ditto import Ditto
+from .ds_fl import DSFL
 from .fedavg import FedAvg
 from .feddf import FedDF
+from .fedkd import FedKD
+from .fedmd import FedMD
 from .fedmeta import FedMeta
 from .fedprox import FedProx
+from .meta_teacher import MetaTeacher
 from .per_fedavg import PerFedAvg
 from .recipe import STRATEGIES, Recipe
 from .reptile import Reptile
@@ -19,11 +23,13 @@ from .shell.firewall import Firewall
 from .shell.guard import guard
 from .shell.reports import ClientScore, RoundReport, RunResult
 from .shell.user_account import UserLevelSpent
+from .teacher_student import TeacherStudent
 from .user_level import UserLevelPrivacy, with_user_privacy
 
 discover(__name__, __path__)
 
 __all__ = [
+    "DSFL",
     "STRATEGIES",
     "Aggregation",
     "Checkpoints",
@@ -32,9 +38,12 @@ __all__ = [
     "Ditto",
     "FedAvg",
     "FedDF",
+    "FedKD",
+    "FedMD",
     "FedMeta",
     "FedProx",
     "Firewall",
+    "MetaTeacher",
     "PerFedAvg",
     "Recipe",
     "Reply",
@@ -43,6 +52,7 @@ __all__ = [
     "Rule",
     "RuleStrategy",
     "RunResult",
+    "TeacherStudent",
     "UserLevelPrivacy",
     "UserLevelSpent",
     "guard",

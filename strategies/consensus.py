@@ -33,10 +33,12 @@ Name = Literal["mean", "median", "trimmed-mean"]
 __all__ = [
     "average_logits",
     "average_probabilities",
+    "check_temperature",
     "consensus_of",
     "drop_worst",
     "ensemble_targets",
     "era",
+    "era_logits",
     "median",
     "sound",
     "trimmed_mean",
@@ -103,12 +105,37 @@ def era(probabilities: Floats, temperature: float = 0.1) -> Floats:
     >>> era(np.array([[[0.5, 0.3, 0.2]]])).round(6)
     array([[0.843795, 0.114195, 0.04201 ]])
     """
+    check_temperature(temperature)
+    return _softmax(_mean(checked(probabilities)), temperature).astype(probabilities.dtype)
+
+
+def era_logits(
+    logits: Floats, temperature: float = 0.1, *, by: str = "mean", trim: float = 0.2
+) -> Floats:
+    """Return pbar / T with p_k = softmax(z_k), (K, N, C) -> (N, C): its softmax is ``era``'s.
+
+    Args:
+        logits: z, (K, N, C), K >= 1, finite.
+        temperature: T, finite and above 0.
+        by: how the p_k become pbar, a name of ``consensus_of``.
+        trim: as there.
+
+    Raises:
+        ConfigError: the temperature is outside its range, or the name unknown.
+        WireError: the arrays are no (K, N, C) finite numbers.
+    """
+    check_temperature(temperature)
+    probabilities = np.stack([_softmax(own.astype(np.float64)) for own in checked(logits)])
+    return (consensus_of(by, probabilities, trim=trim) / temperature).astype(logits.dtype)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError unless the temperature of ``era`` is a finite number above 0."""
     if not 0 < temperature < math.inf:
         raise ConfigError(
             f"temperature = {temperature!r}: must be a finite number above 0, since mean "
             "probabilities are divided by it; the paper's is 0.1"
         )
-    return _softmax(_mean(checked(probabilities)), temperature).astype(probabilities.dtype)
 
 
 def ensemble_targets(logits: Floats, kept: Bools | None = None) -> Floats:

@@ -5,7 +5,7 @@ r"""A student learns what an ensemble says of unlabelled records: the server's s
 Pure functions of arrays, modules and streams; nothing of Flower's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ConfigError
-from ..models.distillation import kl_to
+from ..models.distillation import cross_entropy, kl_to
+from ..public import Batch
 from ..wire import NamedArrays
 from .rules import Arrays, is_floating
 
@@ -68,11 +69,13 @@ def distilled(
     targets: Tensor,
     how: Distillation,
     generator: torch.Generator,
+    validation: Batch | None = None,
 ) -> Arrays:
     """Return the arrays of the student, in the dtypes that came.
 
     Of all states that are checked, the start among them, it is the one with the least loss on all
-    records: where the start is the best, or as good as the targets, it stays as it is.
+    records, or the least cross-entropy on a validation set: where the start is the best, or as good
+    as the targets, it stays as it is.
 
     Args:
         model: called functionally and never changed, in the mode that it is in.
@@ -81,6 +84,7 @@ def distilled(
         targets: q, (N, C).
         how: it learns.
         generator: of the batches.
+        validation: labelled records, (M, ...) and (M,) int64; None: none.
     """
     state = _as_tensors(arrays, inputs)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -89,17 +93,22 @@ def distilled(
     optimizer = torch.optim.Adam(student.values(), lr=how.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
 
-    def loss_on_all() -> float:
+    def mean_loss(loss: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor) -> float:
         with torch.no_grad():
             parts = [
-                kl_to(functional_call(model, {**fixed, **student}, (x,)), q) * len(x)
-                for x, q in zip(_cut(inputs), _cut(targets), strict=True)
+                loss(functional_call(model, {**fixed, **student}, (x,)), y) * len(x)
+                for x, y in zip(_cut(xs), _cut(ys), strict=True)
             ]
-        return float(torch.stack(parts).sum()) / len(inputs)
+        return float(torch.stack(parts).sum()) / len(xs)
 
-    least, best, idle = loss_on_all(), None, 0
-    if least <= SAME:
+    def judged() -> float:
+        if validation is None:
+            return mean_loss(kl_to, inputs, targets)
+        return mean_loss(cross_entropy, *validation)
+
+    if mean_loss(kl_to, inputs, targets) <= SAME:
         return _as_arrays({}, arrays)
+    least, best, idle = judged(), None, 0
     every = max(1, how.steps // CHECKS)
     batches = islice(_batches(len(inputs), how.batch_size, generator), how.steps)
     for number, rows in enumerate(batches, start=1):
@@ -110,7 +119,7 @@ def distilled(
         optimizer.step()
         schedule.step()
         if number % every == 0 or number == how.steps:
-            loss = loss_on_all()
+            loss = judged()
             if loss < least:
                 least, idle = loss, 0
                 best = {name: value.detach().clone() for name, value in student.items()}

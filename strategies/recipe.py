@@ -8,6 +8,7 @@ from logging import WARNING
 from flwr.common import log
 
 from ..config import RunConfig
+from ..errors import ConfigError
 from ..registry import Registry
 from ..wire import NamedArrays
 from .aggregation import median, multi_krum, trimmed_mean
@@ -26,7 +27,10 @@ class Recipe:
             strategies do not import clients.
         client_options: keyword arguments of that client beyond those that all clients share.
         needs: keyword arguments of ``strategy`` that the server makes from the configuration:
-            "models" (the module of each architecture), "public" (unlabelled public records).
+            "models" (the module of each architecture), "public" (the public records),
+            "num_classes" (of the data set).
+        client_needs: keyword arguments of the client that its node makes from the configuration:
+            "public".
 
     A recipe reads what it needs of the configuration when it is called (``partial``, no lambda):
     keys that it does not read are reported to the user as without effect.
@@ -36,6 +40,7 @@ class Recipe:
     client: str
     client_options: Mapping[str, object] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    client_needs: tuple[str, ...] = ()
 
 
 STRATEGIES: Registry[Callable[[RunConfig], Recipe]] = Registry("strategy")
@@ -67,6 +72,22 @@ def aggregation_of(config: RunConfig) -> Aggregation:
             return _warning_below(needed, f"multi-krum, num-malicious {f}", krum)
         case _:
             return mean
+
+
+def consensus_by(config: RunConfig) -> dict[str, object]:
+    """Return the configured aggregation as the options ``by`` and ``trim`` of a consensus.
+
+    Raises:
+        ConfigError: multi-krum, which chooses among updates of models.
+    """
+    if config.aggregation == "multi-krum":
+        raise ConfigError(
+            f"aggregation = 'multi-krum' with {config.strategy}: it chooses among models, and here "
+            "clients send what they say of public records; use mean, median or trimmed-mean"
+        )
+    if config.aggregation == "trimmed-mean":
+        return {"by": config.aggregation, "trim": config.trim_beta}
+    return {"by": config.aggregation}
 
 
 def _warning_below(needed: int, name: str, aggregate: Aggregation) -> Aggregation:

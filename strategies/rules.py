@@ -64,12 +64,16 @@ class Rule:
             None: it needs each reply.
         sees_all_architectures: where clients have several, it takes the arrays of all at once; else
             the shell hands it those of each by themselves.
+        exchanged: where training is not about models: the prefix of the arrays that it is about
+            (``PREFIX/NAME``). Training nodes are sent these alone, and the rule gets replies that
+            hold them, as NAME, whatever architectures there are. "": training is about models.
     """
 
     init: Callable[[NamedArrays], State]
     update: Callable[[State, NamedArrays, Sequence[Reply]], tuple[State, Arrays]]
     mean_by: Weighting | None = None
     sees_all_architectures: bool = False
+    exchanged: str = ""
 
 
 def check_weighting(weighting: str) -> None:

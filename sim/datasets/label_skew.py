@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from ...public import held_out_rows
 from ...registry import Registry
 from ...streams import numpy_stream, stream_seed
 from ..federation import register_dataset
-from ..public import held_out_rows
 from ._partition import divide
 from ._records import Records, Split
 from ._spec import DataSpec

@@ -31,9 +31,11 @@ class Kinds:
 
     Attributes:
         names: of each; empty: there is one, which has no name.
+        exchanged: prefix of the arrays that training is about, see ``Rule``; empty: the models.
     """
 
     names: tuple[str, ...] = ()
+    exchanged: str = ""
 
     def rule_for_each(self, rule: Rule, *, is_user_private: bool) -> Rule:
         """Return ``rule`` for every architecture by itself.
@@ -49,14 +51,22 @@ class Kinds:
                 "one sum over all clients, and each architecture has a sum of its own; use one of "
                 "the two"
             )
-        return rule if rule.sees_all_architectures else by_architecture(rule, self.names)
+        sees_all = rule.sees_all_architectures or rule.exchanged
+        return rule if sees_all else by_architecture(rule, self.names)
 
     def seen(
-        self, arrays: ArrayRecord, nodes: Sequence[Node]
+        self, arrays: ArrayRecord, nodes: Sequence[Node], *, is_training: bool
     ) -> Iterator[tuple[ArrayRecord, list[int]]]:
         """Yield the arrays that the nodes of an architecture are sent, and the ids of the nodes."""
+        everyone = [node.node_id for node in nodes]
+        if self.exchanged:
+            said = names_of(arrays, self.exchanged)
+            if is_training:
+                yield ArrayRecord({short: arrays[name] for name, short in said.items()}), everyone
+                return
+            arrays = ArrayRecord({name: arrays[name] for name in arrays if name not in said})
         if not self.names:
-            yield arrays, [node.node_id for node in nodes]
+            yield arrays, everyone
             return
         for kind in dict.fromkeys(node.architecture for node in nodes):
             own = {short: arrays[name] for name, short in names_of(arrays, kind).items()}
@@ -79,6 +89,8 @@ class Kinds:
             roster: knows the nodes.
             sort: what becomes of the messages of one architecture, of its replies and arrays.
         """
+        if self.exchanged and sent is not None:
+            return sort(messages, replies, part_of(sent, self.exchanged))
         if not self.names or sent is None:
             return sort(messages, replies, sent)
         asked: dict[str, list[Message]] = defaultdict(list)
@@ -103,8 +115,9 @@ class Kinds:
         weight_key: str,
     ) -> list[Reply]:
         """Return what the rule sees of good replies, their arrays under their full names."""
-        if not self.names:
-            return answers_of([one for _, one in found], parts, sent, firewall, weight_key)
+        if self.exchanged or not self.names:
+            said = part_of(sent, self.exchanged)
+            return answers_of([one for _, one in found], parts, said, firewall, weight_key)
         received = {name: part_of(sent, name) for name in self.names}
         answers = []
         for node, judged in found:
@@ -116,6 +129,8 @@ class Kinds:
 
     def tell_of_absent(self, found: Sequence[tuple[Node, Judged]], server_round: int) -> None:
         """Log the architectures of which nobody answered: their models stay as they are."""
+        if self.exchanged:
+            return
         there = {node.architecture for node, _ in found}
         for name in self.names:
             if name not in there:

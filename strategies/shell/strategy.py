@@ -105,7 +105,7 @@ class RuleStrategy(FedAvg):
             user_privacy, min_fit_replies=min_fit_replies, max_offences=max_offences
         )
         self.user_privacy = user_privacy
-        self._kinds = Kinds(tuple(architectures))
+        self._kinds = Kinds(tuple(architectures), rule.exchanged)
         rule = self._kinds.rule_for_each(rule, is_user_private=self._account is not None)
         self.rule = self._account.private(rule) if self._account else rule
         self.seed = seed
@@ -283,9 +283,8 @@ class RuleStrategy(FedAvg):
         replies, parts = self._round.received(replies)
         found = self._good(replies, self._arrays, parts)
         self._kinds.tell_of_absent(found, server_round)
-        good = [one for _, one in found]
-        if len(good) < self.min_fit_replies and not self._account:  # which tells not who was there
-            return self._round.skip_for_want(len(good), self.min_fit_replies)
+        if len(found) < self.min_fit_replies and not self._account:  # it tells not who was there
+            return self._round.skip_for_want(len(found), self.min_fit_replies)
         # Values that overflow are found by their result.
         with np.errstate(over="ignore", invalid="ignore"):
             state = self.rule.init(self._arrays) if self._state is None else self._state
@@ -295,7 +294,7 @@ class RuleStrategy(FedAvg):
         if wild := not_finite(new):
             return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
         self._state, self._arrays = state, new
-        contents = [one.message.content for one in good]
+        contents = [one.message.content for _, one in found]
         metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, key)
         names = [node.name for node, _ in found]
         self._round.note_training(zip(names, contents, strict=True), parts, metrics)
@@ -351,7 +350,7 @@ class RuleStrategy(FedAvg):
         if self.on_round:
             self.on_round(report)
 
-    # -- nodes -------------------------------------------------------------------------------------
+    # -- nodes and messages ------------------------------------------------------------------------
 
     def _gather(self, grid: Grid, role: str = "") -> None:
         least, patience = self.min_available_nodes, self._timeout
@@ -360,15 +359,13 @@ class RuleStrategy(FedAvg):
             log(WARNING, "%s cannot take part: %s", name, reason)
             self._round.failures.append((name, reason))
 
-    # -- messages ----------------------------------------------------------------------------------
-
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, nodes: list[Node], kind: str
     ) -> list[Message]:
         told = told_of_run(self._round.number, self._history.token, self.checkpoints)
         sent = ConfigRecord({**config, **told})
         messages: list[Message] = []
-        for own, ids in self._kinds.seen(arrays, nodes):
+        for own, ids in self._kinds.seen(arrays, nodes, is_training=kind == MessageType.TRAIN):
             record = RecordDict({self.arrayrecord_key: own, self.configrecord_key: sent})
             self._round.bytes_down += size_of(own) * len(ids)
             messages += self._construct_messages(record, ids, kind)

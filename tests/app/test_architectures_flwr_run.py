@@ -14,7 +14,6 @@ from tests.app.flower_runs import REPOSITORY, Flower, flower, results_in, toml_o
 
 NODES = 8
 KEYS = {
-    "strategy": "fedavg",
     "dataset": "digits",
     "architectures": "small: mlp hidden=16; cnn dense=16; resnet18",
     "num-clients": NODES,
@@ -22,6 +21,7 @@ KEYS = {
     "rounds": 2,
     "eval-every": 0,
     "eval-steps": "1",
+    "distill-steps": 50,
     "device": "cpu",
 }
 
@@ -33,14 +33,15 @@ def local_flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("strategy", ["fedavg", "ds-fl"])
 def test_flowers_engine_and_the_simulator_train_the_same_three_models(
-    local_flower: Flower, tmp_path: Path
+    local_flower: Flower, tmp_path: Path, strategy: str
 ):
     under_flower, simulated = tmp_path / "flower", tmp_path / "simulated"
     file = tmp_path / "run.toml"
-    file.write_text(toml_of({**KEYS, "out": str(under_flower)}))
+    file.write_text(toml_of({**KEYS, "strategy": strategy, "out": str(under_flower)}))
     local_flower.run(REPOSITORY, supernodes=NODES, config=file, timeout_s=300)
-    config = as_carried_out(RunConfig.read({**KEYS, "out": str(simulated)}))
+    config = as_carried_out(RunConfig.read({**KEYS, "strategy": strategy, "out": str(simulated)}))
     with cohort_grid(config) as grid:
         run(grid, config)
     one, other = results_in(under_flower), results_in(simulated)

@@ -19,6 +19,7 @@ from metabloom.models import MODELS, register_model
 from metabloom.sim import DATASETS
 from metabloom.strategies import STRATEGIES
 from metabloom.task import model_of
+from tests.app.needed import LASTING, needed
 
 SMALL = ("num-clients=10", "rounds=2", "clients-per-round=3", "eval-every=1", "device=cpu")
 FILES = ["checkpoints", "model.safetensors", "report.html", "results.json"]
@@ -62,10 +63,11 @@ def test_a_strategy_on_digits_writes_checkpoints_and_three_files(
     metabloom, tmp_path: Path, strategy: str
 ):
     out = tmp_path / "out"
-    status, said, _ = metabloom.simulate(f"strategy={strategy}", *SMALL, out=out)
+    own = needed(strategy, tmp_path)
+    status, said, _ = metabloom.simulate(f"strategy={strategy}", *own, *SMALL, out=out)
     assert status == 0
     assert str(out) in said
-    lasting = ["clients"] if strategy == "ditto" else []  # personal models
+    lasting = ["clients"] if strategy in LASTING else []
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *lasting])
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -100,7 +102,8 @@ def test_a_strategy_on_digits_writes_checkpoints_and_three_files(
 def test_the_seed_decides_the_model(metabloom, tmp_path: Path, strategy: str):
     models = {}
     for name, seed in (("first", 4), ("again", 4), ("other", 5)):
-        settings = (f"strategy={strategy}", *SMALL, f"seed={seed}")
+        own = needed(strategy, tmp_path)
+        settings = (f"strategy={strategy}", *own, *SMALL, f"seed={seed}")
         assert metabloom.simulate(*settings, out=tmp_path / name)[0] == 0
         models[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert models["first"] == models["again"]

@@ -19,7 +19,8 @@ RUN_S = 400.0
 
 @needs_tools
 @pytest.mark.e2e
-def test_an_mlp_a_cnn_and_a_resnet_train_on_supernodes_of_their_own(tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["fedavg", "ds-fl"])
+def test_an_mlp_a_cnn_and_a_resnet_train_on_supernodes_of_their_own(tmp_path: Path, strategy: str):
     roles = load_federation("digits", seed=0, num_clients=NODES).roles
     assert roles.count("train") == 3
     kinds = iter(("small", "cnn", "resnet18"))
@@ -27,7 +28,13 @@ def test_an_mlp_a_cnn_and_a_resnet_train_on_supernodes_of_their_own(tmp_path: Pa
     with loopback(tmp_path) as deployment:
         deployment.environment["METABLOOM_ARCHITECTURES"] = " ".join(own)
         deployment.script("up", str(NODES))
-        keys = ["strategy='fedavg'", "rounds=1", "eval-every=0", "eval-steps=1"]
+        keys = [
+            f"strategy='{strategy}'",
+            "rounds=2",
+            "distill-steps=50",
+            "eval-every=0",
+            "eval-steps=1",
+        ]
         keys += ["clients-per-round=3", f"architectures='{KINDS}'"]
         run, log = deployment.start_run(*keys)
         deployment.until("the run ends", lambda: run.poll() is not None, RUN_S)
@@ -35,9 +42,9 @@ def test_an_mlp_a_cnn_and_a_resnet_train_on_supernodes_of_their_own(tmp_path: Pa
         assert run.returncode == 0, f"{said}\n{deployment.logs()}"
         results = deployment.folder / "results"
         told = results_in(results)
-        (only,) = told["history"]
-        assert len(only["clients"]) == 3
-        assert only["failures"] == only["quarantined"] == []
+        for entry in told["history"]:
+            assert len(entry["clients"]) == 3
+            assert entry["failures"] == entry["quarantined"] == []
         assert list(told["unseen"]["by_architecture"]) == ["resnet18"]
         config = RunConfig.read({"dataset": "digits", "architectures": KINDS})
         for name, model in models_of(config).items():

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from metabloom.config import RunConfig
 from metabloom.errors import ConfigError, DataError, MissingDataError, WireError
+from metabloom.public import PublicData, check_agrees, fingerprint_of, held_out_rows
 from metabloom.sim import DataSpec, dataset_spec, load_federation, public_sources
 from metabloom.sim.datasets._torchvision import VisionSet, train_images
 from metabloom.sim.datasets.label_skew import VISION_SETS
-from metabloom.sim.public import PublicData, check_agrees, fingerprint_of, held_out_rows
 from metabloom.sim.public_sources import check_kind, fit_images, load_public
 from metabloom.task import federation_of, public_of
 

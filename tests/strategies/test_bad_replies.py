@@ -11,13 +11,13 @@ import pytest
 from flwr.serverapp import strategy as flowers
 
 from metabloom.sim import CohortGrid
-from metabloom.strategies import STRATEGIES, RunResult, guard
+from metabloom.strategies import RunResult, guard
 from metabloom.strategies.shell import roll_call
 from metabloom.wire import to_record
 from tests.strategies.bad_replies import BAD, BAD_REPLIES, GridWithout, grid_with
-from tests.strategies.toy import Arrays, Toy, bits, model, start, strategy_of
+from tests.strategies.toy import OF_MODELS, Arrays, Toy, bits, model, start, strategy_of
 
-EVERY = pytest.mark.parametrize("name", list(STRATEGIES))
+EVERY = pytest.mark.parametrize("name", OF_MODELS)  # of the others: test_public_consensus.py
 FLOWERS = {
     "FedAvg": lambda **shared: flowers.FedAvg(**shared),
     "FedAvgM": lambda **shared: flowers.FedAvgM(server_momentum=0.9, **shared),

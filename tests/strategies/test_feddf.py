@@ -9,7 +9,8 @@ from torch import nn
 
 from metabloom.architectures import joined, part_of
 from metabloom.config import RunConfig
-from metabloom.errors import ConfigError
+from metabloom.errors import ConfigError, DataError
+from metabloom.public import PublicData
 from metabloom.strategies import STRATEGIES, Distillation, FedDF, Reply, interpolate
 from metabloom.strategies.by_architecture import by_architecture
 from metabloom.strategies.distilled import distilled, logits_of
@@ -49,6 +50,7 @@ class Deep(nn.Module):
 
 MODELS = {"flat": Flat(), "deep": Deep()}
 PUBLIC = draw(200, 4)
+DECLARED = PublicData.of("drawn", PUBLIC)
 
 
 def flat(seed: int) -> dict[str, np.ndarray]:
@@ -63,10 +65,10 @@ def reply(kind: str, arrays: dict[str, np.ndarray], count: int = 1) -> Reply:
     return Reply(joined({kind: arrays}), count)
 
 
-def rule(how: Distillation = HOW, models: dict[str, nn.Module] | None = None):
+def rule(how: Distillation = HOW, models: dict[str, nn.Module] | None = None, **more):
     models = models or MODELS
     average = by_architecture(interpolate(), list(models))
-    return ensemble_distillation(average, models, PUBLIC, how)
+    return ensemble_distillation(average, models, PUBLIC, how, **more)
 
 
 def after(replies: list[Reply], sent: dict[str, np.ndarray], how: Distillation = HOW):
@@ -198,7 +200,7 @@ def test_two_rounds_are_the_same_from_run_to_run_and_draw_other_batches():
 
 def test_a_checkpoint_must_have_been_written_with_the_same_distillation():
     one, other = (
-        FedDF(models={"": Flat()}, public=PUBLIC, distillation=replace(HOW, steps=steps)).settings
+        FedDF(models={"": Flat()}, public=DECLARED, distillation=replace(HOW, steps=steps)).settings
         for steps in (10, 20)
     )
     assert one != other
@@ -206,9 +208,9 @@ def test_a_checkpoint_must_have_been_written_with_the_same_distillation():
 
 def test_models_that_are_not_those_of_the_architectures_are_refused():
     with pytest.raises(ConfigError, match="'flat', 'deep'"):
-        FedDF(models=MODELS, public=PUBLIC, architectures=("flat",))
+        FedDF(models=MODELS, public=DECLARED, architectures=("flat",))
     with pytest.raises(ConfigError, match="FedDF computes with the module of each"):
-        FedDF(models=MODELS, public=PUBLIC)
+        FedDF(models=MODELS, public=DECLARED)
 
 
 @pytest.mark.parametrize(
@@ -224,10 +226,12 @@ def test_in_a_run_the_architectures_come_to_say_the_same():
     kinds = ("small", "large")
     toy = Toy(architectures=kinds * 2)
     models = {"small": model(), "large": larger()}
-    public = server_parts(STRATEGIES["feddf"](RunConfig.read({})), kinds)["public"]
+    public = server_parts(STRATEGIES["feddf"](RunConfig.read({})), kinds)["public"].inputs
     apart = {}
     for name in ("fedavg", "feddf"):
-        strategy = strategy_of(name, {"distill-lr": 0.05}, architectures=kinds)
+        strategy = strategy_of(
+            name, {"distill-lr": 0.05, "distill-steps": 500}, architectures=kinds
+        )
         found = from_record(start(strategy, toy, nodes=4, rounds=1, arrays=joined(models)).arrays)
         small, large = (
             logits_of(ToyNet(own), part_of(found, kind), public).softmax(1)
@@ -236,3 +240,50 @@ def test_in_a_run_the_architectures_come_to_say_the_same():
         apart[name] = float((small - large).abs().mean())
     # "large" has no bias: it cannot say all that "small" does.
     assert apart["feddf"] < 0.75 * apart["fedavg"]
+
+
+# -- what a labelled validation set adds -----------------------------------------------------------
+
+LABELS = (PUBLIC @ torch.from_numpy(flat(1)["W"])).argmax(1)  # as the first model has it
+VALIDATION = (PUBLIC, LABELS)
+
+
+def contrary() -> dict[str, np.ndarray]:
+    return {"W": -3 * flat(1)["W"]}  # never right, and surer than the others
+
+
+def test_a_model_below_chance_teaches_nobody():
+    good, bad = reply("flat", flat(1)), reply("flat", contrary())
+    found = _targets(MODELS, PUBLIC, [good, bad], VALIDATION)
+    assert torch.equal(found, _targets(MODELS, PUBLIC, [good]))
+    assert not torch.equal(_targets(MODELS, PUBLIC, [good, bad]), found)  # without it, it teaches
+
+
+def test_where_all_are_below_chance_all_teach():
+    bad = [reply("flat", contrary()), reply("flat", contrary())]
+    assert torch.equal(_targets(MODELS, PUBLIC, bad, VALIDATION), _targets(MODELS, PUBLIC, bad))
+
+
+def test_a_student_stops_where_the_validation_set_likes_it_best():
+    """The ensemble is wrong for the validation set: what is learnt of it is not kept."""
+    wrong = (PUBLIC @ torch.from_numpy(contrary()["W"])).softmax(1)
+    arguments = (Flat(), flat(1), PUBLIC, wrong, HOW, torch.Generator().manual_seed(0))
+    assert np.array_equal(distilled(*arguments, VALIDATION)["W"], flat(1)["W"])
+    assert not np.array_equal(distilled(*arguments)["W"], flat(1)["W"])
+
+
+def test_a_validation_set_needs_labels():
+    with pytest.raises(DataError, match="no targets"):
+        FedDF(models={"": Flat()}, public=DECLARED, validation=DECLARED)
+
+
+# -- an ensemble that resists bad models -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ensemble", [{"by": "median"}, {"by": "trimmed-mean", "trim": 0.4}])
+def test_a_resistant_ensemble_is_between_the_good_models(ensemble: dict):
+    replies = [reply("flat", flat(1))] * 2 + [reply("flat", {"W": 1e3 * flat(5)["W"]})]
+    found = _targets(MODELS, PUBLIC, replies, None, ensemble)
+    wanted = (PUBLIC @ torch.from_numpy(flat(1)["W"])).softmax(1)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert not torch.allclose(_targets(MODELS, PUBLIC, replies), wanted, atol=0.1)

@@ -13,8 +13,10 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from metabloom.config import RunConfig
+from metabloom.public import PublicData
 from metabloom.sim import CohortGrid
 from metabloom.strategies import STRATEGIES, Recipe, RuleStrategy, RunResult
+from metabloom.teacher import Teacher
 from metabloom.wire import from_record, to_record
 
 Arrays = dict[str, np.ndarray]
@@ -89,7 +91,10 @@ class Toy:
 
     def _train(self, message: Message, context: Context) -> Message:
         partition, number = self._note("train", message, context)
-        arrays = self.learns(from_record(message.content["arrays"]), partition, number)
+        received = from_record(message.content["arrays"])
+        arrays = self.learns(received, partition, number)
+        if "mark" in received:  # it is asked about public records: all of them, each round
+            arrays |= {"mark": received["mark"], "round": np.array(number)}
         metrics = MetricRecord({"loss": 1.0 / (partition + 1), "num-examples": partition + 1})
         content = RecordDict({"arrays": to_record(arrays), "metrics": metrics})
         return Message(content, reply_to=message)
@@ -136,8 +141,16 @@ class GrowingGrid(CohortGrid):
         return super().push_messages(messages)
 
 
+def _needs_more(name: str) -> bool:
+    recipe = STRATEGIES[name](RunConfig.read({}))
+    return bool(recipe.needs or recipe.client_needs)
+
+
 # The strategies whose model follows from an average of the clients' models alone.
-AVERAGING = [name for name in STRATEGIES if not STRATEGIES[name](RunConfig.read({})).needs]
+AVERAGING = [name for name in STRATEGIES if not _needs_more(name)]
+
+# The strategies in whose training models travel.
+OF_MODELS = [name for name in STRATEGIES if name not in ("ds-fl", "fedmd")]
 
 # With these even fedmeta's step is the mean of the clients' models.
 PLAIN = {"server-optimizer": "sgd", "outer-lr": 1.0}
@@ -172,14 +185,22 @@ def server_parts(recipe: Recipe, architectures: Sequence[str] = ()) -> dict[str,
     nets = {
         name: ToyNet(larger() if name == "large" else model()) for name in architectures or ("",)
     }
-    public = torch.from_numpy(np.random.default_rng(7).normal(size=(32, 3)).astype(np.float32))
-    parts = {"models": nets, "public": public}
+    inputs = torch.from_numpy(np.random.default_rng(7).normal(size=(32, 3)).astype(np.float32))
+    public = PublicData.of("drawn", inputs)
+    parts = {
+        "models": nets,
+        "public": public,
+        "validation": None,
+        "num_classes": 2,
+        "teacher": Teacher(ToyNet(model()), model()),
+    }
     return {name: parts[name] for name in recipe.needs}
 
 
 def strategy_of(name: str, config: dict | None = None, **shell) -> RuleStrategy:
     """Return a recipe's strategy with bounds that let any number of nodes take part."""
-    recipe = STRATEGIES[name](RunConfig.read({"strategy": name, **(config or {})}))
+    few = {"strategy": name, "distill-steps": 10}
+    recipe = STRATEGIES[name](RunConfig.read({**few, **(config or {})}))
     usual = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     parts = server_parts(recipe, shell.get("architectures", ()))
     return recipe.strategy(**{**usual, **parts, **shell})

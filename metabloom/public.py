@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..clients.data import Batch
-from ..errors import DataError, WireError, shortened
-from ..streams import numpy_stream
+from .errors import DataError, WireError, shortened
+from .streams import numpy_stream
 
 Rows = npt.NDArray[np.int64]
+Batch = tuple[Tensor, Tensor]  # inputs (B, ...), targets (B,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,26 @@ class PublicData:
         _check_size(f"public data {self.name!r}", size, len(self))
         order = numpy_stream(seed, "public-subset", server_round).permutation(len(self))
         return np.sort(order[:size])
+
+    def mark_of(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """Return 16 bytes that stand for ``rows`` of these very records, in their order."""
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
+        return np.frombuffer(digest.digest(), np.uint8)
+
+    def split(self, size: int, seed: int) -> tuple["PublicData", "PublicData"]:
+        """Return two parts in the order of the records, the second of ``size``, drawn by chance.
+
+        Raises:
+            DataError: the size is not in [1, N - 1].
+        """
+        second, first = held_out_rows(len(self), size, seed)
+
+        def part(rows: Rows) -> PublicData:
+            targets = None if self.targets is None else self.targets[torch.from_numpy(rows)]
+            return PublicData.of(self.name, self.batch(rows), targets)
+
+        return part(first), part(second)
 
     def _rows(self, indices: npt.ArrayLike | Tensor) -> Tensor:
         rows: npt.NDArray[Any] = np.asarray(indices)
