@@ -7,12 +7,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 PROC = Path("/proc")
 PARENT, USER, SYSTEM, BEGAN = 1, 11, 12, 19  # fields of /proc/PID/stat behind the name in brackets
+OWN = ("Pss_Anon", "Pss_Shmem")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -28,14 +29,17 @@ def tree_of(pid: int) -> list[int]:
     return found
 
 
-def pss_of(pid: int) -> float:
-    """Return the resident memory of a process in MB; 0 where it has ended."""
+def pss_of(pid: int, kinds: Sequence[str] = ("Pss",)) -> float:
+    """Return the resident memory of a process in MB; 0 where it has ended.
+
+    ``OWN`` leaves out the pages of files, whose share depends on who else has them open.
+    """
     try:
         lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    kilobytes = next((line.split()[1] for line in lines if line.startswith("Pss:")), "0")
-    return float(kilobytes) * 1024 / 1e6
+    found = dict(line.split()[:2] for line in lines[1:])
+    return sum(float(found.get(f"{kind}:", 0)) for kind in kinds) * 1024 / 1e6
 
 
 def cpu_of(pids: Iterable[int]) -> float:

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import engine_work
 import numpy as np
-from engine_processes import cpu_of, pss_of, tree_of
+from engine_processes import OWN, cpu_of, pss_of, tree_of
 from flwr.app import ArrayRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save_file
@@ -88,7 +88,7 @@ class Clock:
         if report.round in (1, self._rounds):
             self.cpu.append(cpu_of(tree_of(os.getpid())))
         if self._every and report.round % self._every == 0:
-            own, *others = map(pss_of, tree_of(os.getpid()))
+            own, *others = (pss_of(pid, OWN) for pid in tree_of(os.getpid()))
             self.memory.append((report.round, own, sum(others)))
         self.began += time.perf_counter() - now
 

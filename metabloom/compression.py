@@ -9,7 +9,8 @@ k) is the matrix (out, in k k). Vectors, scalars, integers and what is not finit
 
 Factors travel beside dense arrays under ``name/u`` (m, K), ``name/s`` (K,) and ``name/v`` (K, n),
 in the array's dtype, in float32 where that is narrower. The decomposition and the product are
-computed in float64.
+computed in float64, and in one thread: with another number of threads LAPACK rounds in another way,
+and a run shall have the same bits however many processes share its clients.
 
 What arrives is held against what was expected: names, shapes, dtypes. Values are not judged here:
 factors that are not finite make an array that is not, which the server's firewall refuses.
@@ -19,11 +20,13 @@ public implementation finds rank 0 there.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .errors import ConfigError, WireError, shortened
 
@@ -108,9 +111,11 @@ def compress(
     m, n = _matrix_shape(array.shape)
     matrix = array.reshape(m, n).astype(np.float64)  # (out, in, k, k) -> (out, in k k)
     try:
-        u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    except np.linalg.LinAlgError:  # it did not converge: rare, and no reason to lose the update
+        with _one_thread():
+            found = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
+    except torch.linalg.LinAlgError:  # it did not converge: rare, no reason to lose the update
         return array
+    u, s, v = (part.numpy() for part in found)
     rank = rank_for(s, energy)
     dtype = _factor_dtype(array.dtype)
     if rank * (m + n + 1) * dtype.itemsize >= array.nbytes:
@@ -132,7 +137,9 @@ def decompress(
 ) -> npt.NDArray[Any]:
     """Return U diag(s) V in ``shape`` and ``dtype``, of factors that fit: see ``_factors``."""
     with np.errstate(over="ignore", invalid="ignore"):  # values are the firewall's to judge
-        matrix = (u.astype(np.float64) * s.astype(np.float64)) @ v.astype(np.float64)
+        left, right = u.astype(np.float64) * s.astype(np.float64), v.astype(np.float64)
+        with _one_thread():
+            matrix = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
         return matrix.reshape(shape).astype(dtype)
 
 
@@ -256,6 +263,16 @@ def _may_factor(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
         return False
     m, n = _matrix_shape(shape)
     return m + n + 1 < m * n
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -21,6 +21,11 @@ from ...execution import workers_on
 Workers = int | Literal["auto"]
 ANSWER_S = 10.0
 GRAIN = 10_000  # Ray counts GPUs in ten-thousandths
+OWN: dict[str, Any] = {  # of a Ray that only this run uses
+    "include_dashboard": False,
+    # It would keep every task for a dashboard that is not there: 0.1 MB a round of 32 blocks.
+    "_system_config": {"task_events_report_interval_ms": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _connect(address: str, cores: int | None) -> None:
     # An empty machine reports its use and warns of variables: neither is our user's matter.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    here: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
+    here: dict[str, Any] = {} if address else {"num_cpus": cores, **OWN}
     if address and address != "auto":
         _check_answers(address)
     try:

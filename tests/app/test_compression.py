@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -202,6 +203,21 @@ def test_what_cannot_be_factored_goes_as_it_is(array):
     assert decompress_update(flat, {"w": array})["w"] is array
 
 
+def test_the_number_of_threads_changes_no_bit_and_stays():
+    """Clients in one process each have one thread, the server's own process may have more."""
+    matrix = np.random.default_rng(2).normal(size=(400, 300))
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        parts = compress(matrix, 0.7)
+        assert isinstance(parts, dict)
+        whole = decompress(**parts, shape=matrix.shape, dtype=matrix.dtype)
+        found.append([part.tobytes() for part in (*parts.values(), whole)])
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 # --- updates --------------------------------------------------------------------------------------
 
 UPDATE = {
@@ -336,8 +352,8 @@ def test_values_that_are_no_singular_values_are_refused(sigma):
 
 def test_a_decomposition_that_fails_sends_the_array(monkeypatch):
     def fails(*arguments, **more):
-        raise np.linalg.LinAlgError
+        raise torch.linalg.LinAlgError
 
-    monkeypatch.setattr(compression.np.linalg, "svd", fails)
+    monkeypatch.setattr(compression.torch.linalg, "svd", fails)
     array = low_rank(10, 10, (1,))
     assert compress(array, 0.9) is array

@@ -25,7 +25,8 @@ from tests.strategies.toy import (
     strategy_of,
 )
 
-EVERY = pytest.mark.parametrize("name", list(STRATEGIES))
+# fedkd refuses them: there it is the mentors that differ.
+EVERY = pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "fedkd"])
 APART = pytest.mark.parametrize("name", AVERAGING)  # the others let architectures teach each other
 KINDS = ("small", "large")
 OF_NODES = ("small", "large", "small", "large", "large")

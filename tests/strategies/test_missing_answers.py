@@ -151,6 +151,7 @@ def test_every_strategy_class_of_the_package_is_exported() -> None:
     for cls in subclasses:
         subclasses += cls.__subclasses__()
     ours = {cls.__name__ for cls in subclasses if cls.__module__.startswith(strategies.__name__)}
+    ours -= {"PublicConsensus", "Teaching"}  # what two strategies have in common is none itself
     assert ours <= set(strategies.__all__)
     assert len(ours) == len(strategies.STRATEGIES)
 
