@@ -58,6 +58,7 @@ scoreboard: $(READY) ## run the benchmarks (hours) on the data sets of METABLOOM
 	@$(BIN)/python benchmarks/privacy_cost.py
 	@$(BIN)/python benchmarks/dp_step.py
 	@$(BIN)/python benchmarks/engine.py
+	@$(BIN)/python benchmarks/distillation.py
 
 build: $(READY) ## wheel, source archive and Flower app bundle in dist/
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
