@@ -13,7 +13,9 @@ from .local_update import LocalResult, LocalUpdate, run_update
 from .logits import LogitsClient
 from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
+from .meta_sgd import MetaSGDClient, meta_sgd_update
 from .meta_teacher import MetaTeacherClient, teach
+from .pfedme import PFedMeClient, pfedme_update
 from .privacy import PrivacyConfig, PrivacyLedger
 from .sgd import SGDClient, sgd_update
 from .store import ClientStore
@@ -24,6 +26,8 @@ CLIENTS.add("fedkd", FedKDClient)
 CLIENTS.add("logits", LogitsClient)
 CLIENTS.add("maml", MAMLClient)
 CLIENTS.add("meta-teacher", MetaTeacherClient)
+CLIENTS.add("meta-sgd", MetaSGDClient)
+CLIENTS.add("pfedme", PFedMeClient)
 CLIENTS.add("sgd", SGDClient)
 CLIENTS.add("taught", TaughtClient)
 
@@ -39,7 +43,9 @@ __all__ = [
     "MAMLClient",
     "MetaBatch",
     "MetaGradient",
+    "MetaSGDClient",
     "MetaTeacherClient",
+    "PFedMeClient",
     "PrivacyConfig",
     "PrivacyLedger",
     "SGDClient",
@@ -49,7 +55,9 @@ __all__ = [
     "client_app",
     "maml_update",
     "meta_gradient",
+    "meta_sgd_update",
     "mutual_update",
+    "pfedme_update",
     "run_update",
     "sgd_update",
     "teach",

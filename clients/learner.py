@@ -187,7 +187,7 @@ class Learner(NumPyClient):
         steps: Callable[[ClientData], int],
     ) -> LocalTraining:
         """Return a training on this client's records; its other parts are seen from the client."""
-        trained = sum(1 for _ in self.model.parameters()) == len(params)
+        trained = all(name in params for name, _ in self.model.named_parameters())
         held = any(True for _ in self.model.buffers())
         is_plain = trained and not held and not draws_random_numbers(self.model)
         return LocalTraining(

@@ -11,7 +11,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..architectures import full_name, names_of
 from .objective import Params
+
+PERSONAL = "personal"  # prefix of parameters that stay on their client
 
 State = TypeVar("State")
 Item = TypeVar("Item")
@@ -38,6 +41,19 @@ class LocalUpdate(Generic[State, Item]):
     begin: Callable[[Params], State]
     step: Callable[[State, Item], State]
     finish: Callable[[State], LocalResult]
+
+
+def with_personal(params: Params, personal: Params) -> Params:
+    """Return both as the parameters of a result, the personal ones as ``personal/NAME``.
+
+    No model has such names, so no reply holds them.
+    """
+    return params | {full_name(PERSONAL, name): value for name, value in personal.items()}
+
+
+def personal_in(params: Params) -> Params:
+    """Return the personal parameters of a result, by the names that its model gives."""
+    return {own: params[name] for name, own in names_of(params, PERSONAL).items()}
 
 
 def run_update(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..accounting import Event
 from ..errors import ConfigError
+from ..models import is_body, is_head
 from ..planning import NOISY, noise_to_signal
 from ..wire import SERVER_ROUND
 from .batches import draw, resplit
@@ -50,6 +51,7 @@ from .privacy.updates import (
 from .training import LocalTraining, Rule
 
 QUERY_LOSS = "query-loss"
+PARTS = ("all", "head", "body")
 
 
 class MetaBatch(NamedTuple):
@@ -104,10 +106,12 @@ def maml_update(
         moved = {name: w - outer_lr * found.grads[name] for name, w in state.params.items()}
         return MetaState(moved, (*state.losses, found.query_loss))
 
-    def finish(state: MetaState) -> LocalResult:
-        return LocalResult(state.params, {QUERY_LOSS: mean_of(state.losses)})
+    return LocalUpdate(begin=MetaState, step=step, finish=finished)
 
-    return LocalUpdate(begin=MetaState, step=step, finish=finish)
+
+def finished(state: MetaState) -> LocalResult:
+    """Return what the meta-steps came to: parameters, and their mean query loss."""
+    return LocalResult(state.params, {QUERY_LOSS: mean_of(state.losses)})
 
 
 class MAMLClient(Learner):
@@ -127,11 +131,16 @@ class MAMLClient(Learner):
             class (data with a ``fixed_split`` keep theirs); "independent": three independent
             batches of all its records (Per-FedAvg). With privacy every gradient has a Poisson batch
             of its own from all records.
+        part: what the inner loop adapts, in training and at evaluation: "all"; "head" (ANIL,
+            1909.09157); "body", all but the head (BOIL, 2008.08882). The meta-gradient covers all
+            parameters in each case.
+        head: which layers are the head, see ``metabloom.models.is_head``.
         learner: keyword arguments of ``Learner``: inner_lr, batch_size, loss_fn, eval_steps, adapt,
             seed, name, device, context, privacy.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
+        ModelError: where a part is to be adapted and the head is all that the model has.
     """
 
     def __init__(
@@ -144,9 +153,12 @@ class MAMLClient(Learner):
         local_steps: int = 1,
         order: Order | Literal["auto"] = "auto",
         split: str = "fixed",
+        part: str = "all",
+        head: str = "",
         **learner: Any,
     ) -> None:
-        super().__init__(model, data, **learner)
+        adapt = _adapted(model, part, head, learner.pop("adapt", None))
+        super().__init__(model, data, adapt=adapt, **learner)
         check_inner_loop(self.inner_lr, inner_steps, dict(model.named_parameters()), self.adapted)
         order = _usual(self.private is not None) if order == "auto" else order
         check_order(order)
@@ -173,6 +185,16 @@ class MAMLClient(Learner):
 
     def training(self, params: Params, config: Config) -> LocalTraining:
         """Return the meta-steps of the round that ``config`` names, from ``params``."""
+        return self.as_training(
+            self.rule(),
+            params,
+            config,
+            batches=lambda data: self._batches(data, self.stream("maml", config)),
+            steps=lambda data: self.local_steps,
+        )
+
+    def rule(self) -> Rule:
+        """Return how one meta-step is made."""
         options = (
             ("inner_lr", self.inner_lr),
             ("outer_lr", self.outer_lr),
@@ -180,13 +202,7 @@ class MAMLClient(Learner):
             ("order", self.order),
             ("adapt", self.adapted),
         )
-        return self.as_training(
-            Rule(maml_update, self.model, self.loss_fn, options),
-            params,
-            config,
-            batches=lambda data: self._batches(data, self.stream("maml", config)),
-            steps=lambda data: self.local_steps,
-        )
+        return Rule(maml_update, self.model, self.loss_fn, options)
 
     def train_privately(
         self, private: PrivateRounds, parameters: NDArrays, config: Config
@@ -202,19 +218,25 @@ class MAMLClient(Learner):
             return [event._replace(count=event.count * self.local_steps) for event in step]
 
         def update(releases: Releases, privacy: PrivacyConfig) -> LocalUpdate[Params, int]:
-            return private_maml_update(
-                releases,
-                privacy,
-                inner_lr=self.inner_lr,
-                outer_lr=self.outer_lr,
-                inner_steps=self.inner_steps,
-                order=order,
-                adapt=self.adapted,
-            )
+            return self.private_update(releases, privacy, order)
 
         mechanism = "fomaml" if order == "first" else "second-order"
         training = Training(mechanism, events, update, self.local_steps)
         return self.fit_privately(private, training, parameters, config)
+
+    def private_update(
+        self, releases: Releases, privacy: PrivacyConfig, order: PrivateOrder
+    ) -> LocalUpdate[Params, int]:
+        """Return the private meta-steps."""
+        return private_maml_update(
+            releases,
+            privacy,
+            inner_lr=self.inner_lr,
+            outer_lr=self.outer_lr,
+            inner_steps=self.inner_steps,
+            order=order,
+            adapt=self.adapted,
+        )
 
     def _warn_of_noise(self, privacy: PrivacyConfig) -> None:
         """Log where a Hessian-vector product would be mostly noise."""
@@ -241,6 +263,17 @@ class MAMLClient(Learner):
 
 def _usual(is_private: bool) -> Order:
     return "first" if is_private else "exact"
+
+
+def _adapted(model: nn.Module, part: str, head: str, adapt: Predicate | None) -> Predicate | None:
+    """Return which names the inner loop moves; None: all."""
+    if part not in PARTS:
+        raise ConfigError(f"part = {part!r}: must be one of {', '.join(PARTS)}")
+    if part == "all":
+        return adapt
+    if adapt is not None:
+        raise ConfigError(f"part = {part!r} beside adapt: both say what is adapted; leave one out")
+    return is_head(model, head) if part == "head" else is_body(model, head)
 
 
 def _fixed(data: ClientData, size: int, generator: torch.Generator) -> MetaBatch:

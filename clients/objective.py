@@ -142,10 +142,14 @@ def takes_padding(loss: Objective, params: Params, batch: Batch) -> bool:
 
 
 def predict(model: nn.Module, params: Params, inputs: Tensor) -> Tensor:
-    """Return ``model(inputs; params)`` without a graph, with the model's own buffers."""
+    """Return ``model(inputs; params)`` without a graph, with the model's own buffers.
+
+    What ``params`` hold beside the model's parameters (learned rates) is left out.
+    """
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    own = {name: params[name] for name, _ in model.named_parameters() if name in params}
     with torch.no_grad():
-        output: Tensor = functional_call(model, (params, buffers), (inputs,))
+        output: Tensor = functional_call(model, (own, buffers), (inputs,))
     return output
 
 

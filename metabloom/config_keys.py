@@ -102,7 +102,29 @@ class RunKeys(BaseModel):
         allow_inf_nan=False,
         description="ditto: pull of the global model on the personal one",
     )
-    reptile_epsilon: Rate = Field(1.0, description="reptile: step towards the clients' mean")
+    head: str = Field(
+        "",
+        description="which layers are a model's head (anil, boil): the "
+        "name of a layer or block, or how many of the last layers; empty: what the model calls "
+        "head, else its last layer",
+    )
+    pfedme_lambda: Rate = Field(
+        1.0,
+        description="pfedme: how close a personal model stays to the shared one; the paper takes "
+        "15, which needs an inner-lr well below 2 / 15",
+    )
+    pfedme_beta: Rate = Field(1.0, description="pfedme: step towards the clients' mean")
+    reptile_epsilon: Rate = Field(
+        1.0,
+        description="reptile: step towards the clients' mean, or the learning rate of another "
+        "optimiser than sgd",
+    )
+    reptile_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = Field(
+        "sgd", description="reptile: torch.optim optimiser of its server; its state persists"
+    )
+    reptile_after: CountOrDefault = Field(
+        0, description="reptile: rounds of plain FedAvg before its own begin"
+    )
 
     aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = Field(
         "mean", description="how the clients' models become one; all but mean resist bad ones"

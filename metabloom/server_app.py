@@ -10,7 +10,6 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from .architectures import joined
 from .config import RunConfig
 from .errors import MetabloomError
 from .execution import idle_under_flower, kernel_under_flower
@@ -19,7 +18,7 @@ from .sim.beside_flower import await_ray_of
 from .sim.results import results_of, write_results
 from .simulation import as_carried_out, cohort_grid
 from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
-from .task import idle_keys, models_of, recipe_of, server_parts
+from .task import idle_keys, initial_arrays, recipe_of, server_parts
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
@@ -54,7 +53,7 @@ def run(
         MetabloomError: where the configuration, the model, the data or the checkpoint to resume
             from cannot work; once the results are written, where no round had enough good replies.
     """
-    recipe, models = recipe_of(config), models_of(config)
+    recipe, initial = recipe_of(config), initial_arrays(config)
     architectures = [one.name for one in config.kinds]
     out = Path(config.out)
     check_writable(out)
@@ -79,12 +78,6 @@ def run(
         min_available_nodes=1,
         architectures=architectures,
         **server_parts(config),
-    )
-    initial = joined(
-        {
-            architecture: {name: value.numpy() for name, value in model.state_dict().items()}
-            for architecture, model in models.items()
-        }
     )
     result = strategy.start(
         grid, to_record(initial), num_rounds=config.rounds, timeout=config.timeout_s

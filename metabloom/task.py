@@ -10,15 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from .architectures import assigned
+from .architectures import assigned, joined
 from .config import RunConfig
 from .errors import ConfigError
 from .execution import Device
 from .keys import Scalar, key_of, parse_options
-from .models import build_model, check_model
+from .models import build_model, check_model, is_head
 from .public import PublicData
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .sim.public_sources import load_public, usual_kind
@@ -34,9 +35,14 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "local_steps",
     "local_epochs",
     "split",
+    "head",
     "proximal_mu",
     "ditto_lambda",
+    "pfedme_lambda",
+    "pfedme_beta",
     "reptile_epsilon",
+    "reptile_optimizer",
+    "reptile_after",
     "weighting",
     "aggregation",
     "trim_beta",
@@ -234,6 +240,21 @@ def _public(config: RunConfig) -> tuple[PublicData, PublicData | None]:
 def models_of(config: RunConfig) -> dict[str, nn.Module]:
     """Return the checked initial model of each architecture, by name; of "" where there is one."""
     return {name: model_of(config, name) for name in [one.name for one in config.kinds] or [""]}
+
+
+def initial_arrays(config: RunConfig) -> dict[str, np.ndarray]:
+    """Return the arrays that a run begins with: of its model, or of all architectures.
+
+    Raises:
+        ConfigError, ModelError: where the strategy needs a head, and the model has none.
+    """
+    recipe, arrays = recipe_of(config), {}
+    for architecture, model in models_of(config).items():
+        if "head" in recipe.client_options:  # clients would raise the same, each by itself
+            is_head(model, str(recipe.client_options["head"]))
+        own = {name: value.numpy() for name, value in model.state_dict().items()}
+        arrays[architecture] = own | (recipe.more_arrays(model) if recipe.more_arrays else {})
+    return joined(arrays)
 
 
 @lru_cache(maxsize=16)

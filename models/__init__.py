@@ -8,11 +8,12 @@ needs no name; ``check_model`` says whether it is safe.
 from .. import __version__ as _v  # noqa: F401
 from ..registry import discover
 from ._build import MODELS, build_model, register_model
-from ._check import check_layers, check_model, head_names
+from ._check import check_layers, check_model
 from .char_lstm import CharLSTM
 from .cnn import FemnistCNN
 from .conv4 import Conv4
 from .distillation import cross_entropy, distillation_loss, kl_to, soft_cross_entropy
+from .head import head_names, is_body, is_head
 from .mlp import MLP
 from .mutual_distillation import MutualLosses, mutual_losses
 
@@ -31,6 +32,8 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "head_names",
+    "is_body",
+    "is_head",
     "kl_to",
     "mutual_losses",
     "register_model",

@@ -65,33 +65,6 @@ GroupNorm, or run opacus.validators.ModuleValidator.fix(model) before the model 
         _check_layer(f"{where} is {type(module).__name__}", module)
 
 
-def head_names(model: nn.Module) -> frozenset[str]:
-    """Return the parameter names of the head: the last registered layer that has parameters.
-
-    ANIL adapts the head alone, BOIL all but the head, FedRep and FedPer keep it at the client.
-    Raises ModelError for a model of one layer: its body is empty, so a split into head and body
-    says nothing.
-
-    >>> sorted(head_names(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
-    ['2.bias', '2.weight']
-    """
-    # A parametrised weight lies at LAYER.parametrizations.weight.original0: it belongs to LAYER.
-    layers = {
-        name: name.partition("parametrizations.")[0].removesuffix(".")
-        if "parametrizations." in name
-        else name.rpartition(".")[0]
-        for name, _ in model.named_parameters()
-    }
-    if len(set(layers.values())) < 2:
-        raise ModelError(
-            f"{type(model).__name__} has {len(set(layers.values()))} layers with parameters, so it "
-            "has no body beside its head: use a model of at least two layers, or a strategy that "
-            "trains all of it"
-        )
-    last = list(layers.values())[-1]
-    return frozenset(name for name, layer in layers.items() if layer == last)
-
-
 def _check_parameters(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(

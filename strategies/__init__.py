@@ -3,6 +3,8 @@
 from .. import __version__ as _v  # noqa: F401  a plain `import strategies` fails here: there is no second copy
 from ..registry import discover
 from .aggregation import median, multi_krum, trimmed_mean
+from .anil import ANIL
+from .boil import BOIL
 from .distilled import Distillation
 from .ditto import Ditto
 from .ds_fl import DSFL
@@ -12,8 +14,10 @@ from .fedkd import FedKD
 from .fedmd import FedMD
 from .fedmeta import FedMeta
 from .fedprox import FedProx
+from .meta_sgd import MetaSGD
 from .meta_teacher import MetaTeacher
 from .per_fedavg import PerFedAvg
+from .pfedme import PFedMe
 from .recipe import STRATEGIES, Recipe
 from .reptile import Reptile
 from .rules import Aggregation, Reply, Rule, interpolate, mean, server_optimizer
@@ -29,6 +33,8 @@ from .user_level import UserLevelPrivacy, with_user_privacy
 discover(__name__, __path__)
 
 __all__ = [
+    "ANIL",
+    "BOIL",
     "DSFL",
     "STRATEGIES",
     "Aggregation",
@@ -43,7 +49,9 @@ __all__ = [
     "FedMeta",
     "FedProx",
     "Firewall",
+    "MetaSGD",
     "MetaTeacher",
+    "PFedMe",
     "PerFedAvg",
     "Recipe",
     "Reply",

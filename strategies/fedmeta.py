@@ -56,7 +56,7 @@ class FedMeta(RuleStrategy):
         aggregate: Aggregation = mean,
         **shell: Any,
     ) -> None:
-        factory = _factory(optimizer, lr) if isinstance(optimizer, str) else optimizer
+        factory = optimizer_of(optimizer, lr) if isinstance(optimizer, str) else optimizer
         rule = server_optimizer(factory, weighting=weighting, aggregate=aggregate)
         super().__init__(rule, **shell)
         self.optimizer = optimizer
@@ -64,7 +64,12 @@ class FedMeta(RuleStrategy):
         self.weighting = weighting
 
 
-def _factory(name: str, lr: float) -> OptimizerFactory:
+def optimizer_of(name: str, lr: float) -> OptimizerFactory:
+    """Return what makes the optimiser of that name in ``OPTIMIZERS``.
+
+    Raises:
+        ConfigError: where the name is unknown or lr is not a finite number above 0.
+    """
     if name not in OPTIMIZERS:
         raise unknown_name("server optimiser", name, OPTIMIZERS)
     if not 0 < lr < math.inf:
@@ -72,24 +77,33 @@ def _factory(name: str, lr: float) -> OptimizerFactory:
     return lambda params: OPTIMIZERS[name](params, lr=lr)  # type: ignore[call-arg]  # each takes lr
 
 
+def server_of(config: RunConfig) -> dict[str, Any]:
+    """Return the options of the server that FedMeta and its family share."""
+    return {
+        "optimizer": config.server_optimizer,
+        "lr": config.outer_lr or 0.01,
+        "weighting": weighting_of(config, "uniform"),
+        "aggregate": aggregation_of(config),
+    }
+
+
+def meta_step(config: RunConfig) -> dict[str, object]:
+    """Return the options of the one meta-step of a client that FedMeta and its family share."""
+    return {
+        "outer_lr": 1.0,
+        "local_steps": 1,
+        "inner_steps": config.inner_steps,
+        "order": config.order,
+        "batch_size": config.batch_size,
+        "split": config.split,
+    }
+
+
 @STRATEGIES.register("fedmeta")
 def recipe(config: RunConfig) -> Recipe:
     """MAML across clients: meta-gradients of adaptation, averaged into a server optimiser."""
     return Recipe(
-        strategy=partial(
-            FedMeta,
-            optimizer=config.server_optimizer,
-            lr=config.outer_lr or 0.01,
-            weighting=weighting_of(config, "uniform"),
-            aggregate=aggregation_of(config),
-        ),
+        strategy=partial(FedMeta, **server_of(config)),
         client="maml",
-        client_options={
-            "outer_lr": 1.0,
-            "local_steps": 1,
-            "inner_steps": config.inner_steps,
-            "order": config.order,
-            "batch_size": config.batch_size,
-            "split": config.split,
-        },
+        client_options=meta_step(config),
     )

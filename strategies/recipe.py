@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from logging import WARNING
 
 from flwr.common import log
+from torch import nn
 
 from ..config import RunConfig
 from ..errors import ConfigError
@@ -31,6 +32,8 @@ class Recipe:
             "num_classes" (of the data set).
         client_needs: keyword arguments of the client that its node makes from the configuration:
             "public".
+        more_arrays: ``more_arrays(model)`` gives what is learned beside a model's own arrays, as it
+            is at first; None: nothing.
 
     A recipe reads what it needs of the configuration when it is called (``partial``, no lambda):
     keys that it does not read are reported to the user as without effect.
@@ -41,6 +44,7 @@ class Recipe:
     client_options: Mapping[str, object] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     client_needs: tuple[str, ...] = ()
+    more_arrays: Callable[[nn.Module], Arrays] | None = None
 
 
 STRATEGIES: Registry[Callable[[RunConfig], Recipe]] = Registry("strategy")

@@ -5,6 +5,7 @@ r"""Private local training: what is computed from releases alone, so free post-p
 | DP-SGD, Reptile, FedAvg, FedProx | 1: w <- w - lr R(grad L(w)) |
 | FOMAML, first-order Meta-SGD | K + 1: K inner steps, then the query gradient at theta' |
 | second order | 2K + 1: one Hessian-vector product more for each inner step |
+| pFedMe | K of a local round: theta <- theta - lr (R(grad L(theta)) + lambda (theta - w_i)) |
 
 Private second order: v = g_Q, then for k = K-1..0: v <- v - H~_k (alpha o v), where H~_k is a
 release of the records' products at theta_k, each clipped to c_h ||alpha o v||: v is public by then.
@@ -21,7 +22,8 @@ import torch
 
 from ...accounting import Event
 from ...errors import ConfigError
-from ..local_update import LocalResult, LocalUpdate
+from ...inner_rates import rate_name, split_rates
+from ..local_update import LocalResult, LocalUpdate, with_personal
 from ..meta_gradient import InnerLR, Predicate, check_inner_loop
 from ..objective import Params, detached
 from .config import PrivacyConfig
@@ -143,6 +145,32 @@ def private_maml_update(
     return LocalUpdate(begin=detached, step=step, finish=lambda params: LocalResult(params, {}))
 
 
+def private_meta_sgd_update(
+    releases: Releases,
+    privacy: PrivacyConfig,
+    *,
+    outer_lr: float,
+    inner_steps: int = 1,
+    order: PrivateOrder = "first",
+    adapt: Predicate | None = None,
+) -> LocalUpdate[Params, int]:
+    """Return the update of ``private_maml_update`` that moves the inner rates too.
+
+    Its parameters hold them under ``inner_lr/NAME``. It takes no further releases.
+    """
+
+    def step(params: Params, number: int) -> Params:
+        own, rates = split_rates(params)
+        found = private_meta_gradient(
+            releases, own, privacy, inner_lr=rates, steps=inner_steps, order=order, adapt=adapt
+        )
+        of_rates = found.inner_lr_grads or {}
+        gradient = found.grads | {rate_name(name): value for name, value in of_rates.items()}
+        return {name: w - outer_lr * gradient[name] for name, w in params.items()}
+
+    return LocalUpdate(begin=detached, step=step, finish=lambda params: LocalResult(params, {}))
+
+
 @dataclass(frozen=True)
 class _Pulled:
     """Parameters, and the received ones that the proximal term pulls them to."""
@@ -175,6 +203,46 @@ def private_sgd_update(
         begin=lambda params: _Pulled(detached(params), detached(params)),
         step=step,
         finish=lambda state: LocalResult(state.params, {}),
+    )
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    """The copy w_i of the received model, and the personal model theta."""
+
+    params: Params
+    personal: Params
+
+
+def private_pfedme_update(
+    releases: Releases,
+    privacy: PrivacyConfig,
+    *,
+    lr: float,
+    steps: int,
+    local_lr: float,
+    pull: float,
+) -> LocalUpdate[_Envelope, int]:
+    """Return the update of ``pfedme_update`` whose gradients are releases, ``steps`` for each step.
+
+    The personal model is post-processing of releases too. Its items are step numbers.
+    """
+
+    def step(state: _Envelope, number: int) -> _Envelope:
+        w, theta = state.params, state.personal
+        for _ in range(steps):
+            gradient = releases.gradient(
+                theta,
+                noise_multiplier=privacy.noise_multiplier,
+                max_grad_norm=privacy.max_grad_norm,
+            )
+            theta = {n: v - lr * (gradient[n] + pull * (v - w[n])) for n, v in theta.items()}
+        return _Envelope({n: v - local_lr * pull * (v - theta[n]) for n, v in w.items()}, theta)
+
+    return LocalUpdate(
+        begin=lambda params: _Envelope(detached(params), detached(params)),
+        step=step,
+        finish=lambda state: LocalResult(with_personal(state.params, state.personal), {}),
     )
 
 

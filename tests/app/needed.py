@@ -8,7 +8,7 @@ from metabloom.config import RunConfig
 from metabloom.task import model_of
 
 # Strategies whose clients keep something over the rounds.
-LASTING = ("ditto", "ds-fl", "fedkd", "fedmd", "meta-teacher", "teacher-student")
+LASTING = ("ditto", "ds-fl", "fedkd", "fedmd", "meta-teacher", "pfedme", "teacher-student")
 TEACHER = "mlp hidden=24"
 
 

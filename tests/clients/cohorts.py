@@ -2,7 +2,7 @@
 
 import torch
 
-from metabloom.clients import ClientData, MAMLClient, SGDClient
+from metabloom.clients import ClientData, MAMLClient, MetaSGDClient, SGDClient
 from metabloom.clients.cohort import run_cohort
 from tests.clients.toy_problems import body, head, records, small_net
 
@@ -22,6 +22,7 @@ RULES = {
     "boil": (MAMLClient, {"split": "independent", "adapt": body}),
     "first": (MAMLClient, {"order": "first", "inner_steps": 2}),
     "hf": (MAMLClient, {"order": "hf", "local_steps": 2}),
+    "meta-sgd": (MetaSGDClient, {"inner_steps": 2, "split": "fresh"}),
 }
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 3, 3)
 

@@ -69,7 +69,7 @@ def test_what_is_compiled_equals_the_eager_loop(rule, dtype, warned):
 # --- by the front end alone --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "maml-batches", "anil", "first", "hf"])
+@pytest.mark.parametrize("rule", ["fedavg", "maml-batches", "anil", "first", "hf", "meta-sgd"])
 def test_every_rule_is_one_graph_for_sizes_of_a_class(rule, graphs, warned):
     eager, fast = pair(rule, sizes=(4, 5, 8, 11))
     assert distance(eager, fast) < TOLERANCE[torch.float64]

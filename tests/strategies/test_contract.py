@@ -16,7 +16,7 @@ from metabloom.errors import ConfigError, MetabloomError
 from metabloom.sim import CohortGrid
 from metabloom.strategies import STRATEGIES
 from metabloom.strategies.shell import roll_call
-from metabloom.task import model_of, server_parts
+from metabloom.task import initial_arrays, server_parts
 from metabloom.wire import from_record, to_record
 from tests.strategies.toy import (
     AVERAGING,
@@ -138,7 +138,7 @@ def test_with_one_client_the_model_is_that_clients(name: str):
 def test_with_one_client_of_ours_the_model_is_its_local_run(name: str):
     values = {"strategy": name, "num-clients": 3, "eval-steps": "1", "device": "cpu", **PLAIN}
     config = RunConfig.read(values)
-    initial = {key: value.numpy() for key, value in model_of(config).state_dict().items()}
+    initial = initial_arrays(config)
     grid = CohortGrid(our_clients, num_nodes=3, run_config=config.to_flower())
     strategy = strategy_of(name, values, **server_parts(config))
     result = strategy.start(grid, to_record(initial), num_rounds=1, timeout=60)
@@ -310,10 +310,10 @@ def test_a_strategy_that_runs_twice_starts_anew(name: str):
 @EVERY
 def test_only_training_clients_train_and_only_unseen_ones_judge_the_final_model(name: str):
     toy = Toy(roles=FIVE_ROLES)
-    result = start(strategy_of(name), toy, rounds=2)
+    strategy = strategy_of(name)
+    result = start(strategy, toy, rounds=2)
     assert set(toy.partitions("train")) == {0, 2, 4}
-    # Training clients that keep something of their own score too.
-    at_the_end = [1, 0, 2, 4] if strategy_of(name).scores_training_clients else [1]
+    at_the_end = [1, 0, 2, 4] if strategy.scores_training_clients else [1]
     assert toy.partitions("evaluate") == [3, 3, *at_the_end]  # validation in each round
     assert [score.client for score in result.unseen] == ["c1"]
     assert result.unseen[0].metrics == {"loss": pytest.approx(0.1)}
