@@ -8,6 +8,7 @@ from .adapter import client_app
 from .data import ClientData
 from .evaluation import adaptation_curve
 from .fedkd import FedKDClient, mutual_update
+from .fednova import NovaClient, nova_update
 from .learner import Learner
 from .local_update import LocalResult, LocalUpdate, run_update
 from .logits import LogitsClient
@@ -15,19 +16,24 @@ from .maml import MAMLClient, MetaBatch, maml_update
 from .meta_gradient import MetaGradient, adapt, meta_gradient
 from .meta_sgd import MetaSGDClient, meta_sgd_update
 from .meta_teacher import MetaTeacherClient, teach
+from .part import PartClient
 from .pfedme import PFedMeClient, pfedme_update
 from .privacy import PrivacyConfig, PrivacyLedger
+from .scaffold import ScaffoldClient, corrected_update
 from .sgd import SGDClient, sgd_update
 from .store import ClientStore
 from .taught import TaughtClient
 
 CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
 CLIENTS.add("fedkd", FedKDClient)
+CLIENTS.add("fednova", NovaClient)
 CLIENTS.add("logits", LogitsClient)
 CLIENTS.add("maml", MAMLClient)
-CLIENTS.add("meta-teacher", MetaTeacherClient)
 CLIENTS.add("meta-sgd", MetaSGDClient)
+CLIENTS.add("meta-teacher", MetaTeacherClient)
+CLIENTS.add("part", PartClient)
 CLIENTS.add("pfedme", PFedMeClient)
+CLIENTS.add("scaffold", ScaffoldClient)
 CLIENTS.add("sgd", SGDClient)
 CLIENTS.add("taught", TaughtClient)
 
@@ -45,18 +51,23 @@ __all__ = [
     "MetaGradient",
     "MetaSGDClient",
     "MetaTeacherClient",
+    "NovaClient",
     "PFedMeClient",
+    "PartClient",
     "PrivacyConfig",
     "PrivacyLedger",
     "SGDClient",
+    "ScaffoldClient",
     "TaughtClient",
     "adapt",
     "adaptation_curve",
     "client_app",
+    "corrected_update",
     "maml_update",
     "meta_gradient",
     "meta_sgd_update",
     "mutual_update",
+    "nova_update",
     "pfedme_update",
     "run_update",
     "sgd_update",

@@ -140,7 +140,8 @@ class Learner(NumPyClient):
     @property
     def is_for_cohorts(self) -> bool:
         """Whether its training may be computed together with that of other clients."""
-        return self.kernel == "vmap" and self.private is None and type(self).fit is Learner.fit
+        is_plain = type(self).fit is Learner.fit and not hasattr(self, "fit_named")
+        return self.kernel == "vmap" and self.private is None and is_plain
 
     def get_properties(self, config: Config) -> Config:
         """Return what this client is: its class and its model's architecture."""

@@ -69,9 +69,10 @@ class RunKeys(BaseModel):
         allow_inf_nan=False,
         description="rate of the meta-update (beta); 0: the strategy's usual one",
     )
-    server_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = Field(
+    server_optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "yogi"] = Field(
         "adam",
-        description="torch.optim optimiser of fedmeta's server; its state persists",
+        description="optimiser of the server, whose state persists; fedmeta: torch.optim's, not "
+        "yogi; fedopt: adam, yogi, adagrad and sgd of its paper",
     )
     local_lr: Rate = Field(
         0.1, description="learning rate of plain local SGD (fedavg and its family)"
@@ -104,9 +105,9 @@ class RunKeys(BaseModel):
     )
     head: str = Field(
         "",
-        description="which layers are a model's head (anil, boil): the "
-        "name of a layer or block, or how many of the last layers; empty: what the model calls "
-        "head, else its last layer",
+        description="which layers are a model's head (anil, boil, fedper, fedrep, lg-fedavg, "
+        "fedbabu): the name of a layer or block, or how many of the last layers; empty: what the "
+        "model calls head, else its last layer",
     )
     pfedme_lambda: Rate = Field(
         1.0,
@@ -124,6 +125,18 @@ class RunKeys(BaseModel):
     )
     reptile_after: CountOrDefault = Field(
         0, description="reptile: rounds of plain FedAvg before its own begin"
+    )
+    nova_momentum: float = Field(
+        0.0, ge=0, lt=1, description="fednova: momentum of local steps, new in each round (rho)"
+    )
+    nova_mu: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="fednova: mu of a proximal term"
+    )
+    fedopt_tau: Rate = Field(
+        1e-3, description="fedopt: added to root mean squares (tau); larger is less adaptive"
+    )
+    head_epochs: Count = Field(
+        10, description="fedrep: a client's epochs on its head, before those on the body"
     )
 
     aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = Field(

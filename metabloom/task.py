@@ -19,7 +19,7 @@ from .config import RunConfig
 from .errors import ConfigError
 from .execution import Device
 from .keys import Scalar, key_of, parse_options
-from .models import build_model, check_model, is_head
+from .models import build_model, check_model, head_names, is_head
 from .public import PublicData
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .sim.public_sources import load_public, usual_kind
@@ -40,6 +40,10 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "ditto_lambda",
     "pfedme_lambda",
     "pfedme_beta",
+    "nova_momentum",
+    "nova_mu",
+    "fedopt_tau",
+    "head_epochs",
     "reptile_epsilon",
     "reptile_optimizer",
     "reptile_after",
@@ -148,6 +152,7 @@ def server_parts(config: RunConfig) -> dict[str, object]:
         "validation": lambda: validation_of(config),
         "num_classes": lambda: spec_of(config).num_classes,
         "teacher": lambda: teacher_of(config, model_of(teacher_config(config))),
+        "heads": lambda: heads_of(config),
     }
     return {name: make[name]() for name in recipe_of(config).needs}
 
@@ -255,6 +260,15 @@ def initial_arrays(config: RunConfig) -> dict[str, np.ndarray]:
         own = {name: value.numpy() for name, value in model.state_dict().items()}
         arrays[architecture] = own | (recipe.more_arrays(model) if recipe.more_arrays else {})
     return joined(arrays)
+
+
+def heads_of(config: RunConfig) -> dict[str, frozenset[str]]:
+    """Return the names of the arrays of each architecture's head; of "" where there is one.
+
+    Raises:
+        ConfigError, ModelError: where it cannot be told, see ``models.is_head``.
+    """
+    return {name: head_names(model, config.head) for name, model in models_of(config).items()}
 
 
 @lru_cache(maxsize=16)

@@ -29,6 +29,8 @@ TEACHER = "teacher"  # a second ArrayRecord, of a model that the client is to le
 TEACHER_DIGEST = "teacher-digest"  # which one is meant, also where it does not come along
 TEACHER_PRIVATE = "teacher-private"  # whether it was trained with privacy, or is no secret
 TEACHER_LR = "teacher-inner-lr"  # the rate at which it was adapted to clients
+NOVA_STEPS = "nova/steps"  # beside a model in training: local steps that a client took (FedNova)
+CONTROL = "control"  # prefix of control variates, beside a model in training (SCAFFOLD)
 
 ROLL_CALL = "query.roll_call"
 PROPERTIES = "properties"

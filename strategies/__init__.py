@@ -9,11 +9,17 @@ from .distilled import Distillation
 from .ditto import Ditto
 from .ds_fl import DSFL
 from .fedavg import FedAvg
+from .fedbabu import FedBABU
 from .feddf import FedDF
 from .fedkd import FedKD
 from .fedmd import FedMD
 from .fedmeta import FedMeta
+from .fednova import FedNova
+from .fedopt import FedOpt
+from .fedper import FedPer
 from .fedprox import FedProx
+from .fedrep import FedRep
+from .lg_fedavg import LGFedAvg
 from .meta_sgd import MetaSGD
 from .meta_teacher import MetaTeacher
 from .per_fedavg import PerFedAvg
@@ -21,6 +27,7 @@ from .pfedme import PFedMe
 from .recipe import STRATEGIES, Recipe
 from .reptile import Reptile
 from .rules import Aggregation, Reply, Rule, interpolate, mean, server_optimizer
+from .scaffold import SCAFFOLD
 from .shell import RuleStrategy
 from .shell.checkpoint import Checkpoints
 from .shell.firewall import Firewall
@@ -36,6 +43,7 @@ __all__ = [
     "ANIL",
     "BOIL",
     "DSFL",
+    "SCAFFOLD",
     "STRATEGIES",
     "Aggregation",
     "Checkpoints",
@@ -43,12 +51,18 @@ __all__ = [
     "Distillation",
     "Ditto",
     "FedAvg",
+    "FedBABU",
     "FedDF",
     "FedKD",
     "FedMD",
     "FedMeta",
+    "FedNova",
+    "FedOpt",
+    "FedPer",
     "FedProx",
+    "FedRep",
     "Firewall",
+    "LGFedAvg",
     "MetaSGD",
     "MetaTeacher",
     "PFedMe",

@@ -5,7 +5,7 @@ r"""One rule for each architecture: clients of one architecture are averaged amo
 An architecture of which no client answered stays as it is, its state too (an optimiser's moments).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..architectures import joined, part_of
@@ -13,19 +13,20 @@ from ..wire import NamedArrays
 from .rules import Arrays, Reply, Rule, State
 
 
-def by_architecture(rule: Rule, architectures: Sequence[str]) -> Rule:
-    """Return the rule that treats each architecture by ``rule``.
+def by_architecture(rule: Rule | Mapping[str, Rule], architectures: Sequence[str]) -> Rule:
+    """Return the rule that treats each architecture by ``rule``, or by its own.
 
     Its arrays are those of ``joined``; a reply holds the arrays of one architecture, under their
     full names.
 
     Args:
-        rule: of one model.
+        rule: of one model; or that of each architecture, by its name.
         architectures: the name of each.
     """
+    rules = dict.fromkeys(architectures, rule) if isinstance(rule, Rule) else rule
 
     def init(arrays: NamedArrays) -> State:
-        return {one: rule.init(part_of(arrays, one)) for one in architectures}
+        return {one: rules[one].init(part_of(arrays, one)) for one in architectures}
 
     def update(state: State, sent: NamedArrays, replies: Sequence[Reply]) -> tuple[State, Arrays]:
         states: dict[str, State] = {}
@@ -35,7 +36,7 @@ def by_architecture(rule: Rule, architectures: Sequence[str]) -> Rule:
             answered = [reply for reply in own if reply.arrays]
             states[one], models[one] = state[one], part_of(sent, one)
             if answered:
-                states[one], models[one] = rule.update(state[one], models[one], answered)
+                states[one], models[one] = rules[one].update(state[one], models[one], answered)
         return states, joined(models)
 
     return Rule(init, update)

@@ -67,6 +67,12 @@ class Rule:
         exchanged: where training is not about models: the prefix of the arrays that it is about
             (``PREFIX/NAME``). Training nodes are sent these alone, and the rule gets replies that
             hold them, as NAME, whatever architectures there are. "": training is about models.
+        trains: where training is about a part of the models: whether an array, by its full name, is
+            of that part. Training nodes are sent these alone and answer with these alone, and the
+            rule sees no others, which stay as they are. None: all.
+        beside: where more travels in training than a model: that, of the initial arrays of one, by
+            names with a prefix (``PREFIX/NAME``). It is no part of what nodes evaluate, nor of
+            what a run leaves. None: nothing.
     """
 
     init: Callable[[NamedArrays], State]
@@ -74,6 +80,8 @@ class Rule:
     mean_by: Weighting | None = None
     sees_all_architectures: bool = False
     exchanged: str = ""
+    trains: Callable[[str], bool] | None = None
+    beside: Callable[[NamedArrays], Arrays] | None = None
 
 
 def check_weighting(weighting: str) -> None:

@@ -2,7 +2,8 @@ r"""Private local training: what is computed from releases alone, so free post-p
 
 | method | releases of a step |
 |---|---|
-| DP-SGD, Reptile, FedAvg, FedProx | 1: w <- w - lr R(grad L(w)) |
+| DP-SGD, Reptile, FedAvg, FedProx, FedNova, SCAFFOLD | 1: w <- w - lr R(grad L(w)) |
+| FedPer, FedRep, LG-FedAvg, FedBABU | 1, of the part that the step moves |
 | FOMAML, first-order Meta-SGD | K + 1: K inner steps, then the query gradient at theta' |
 | second order | 2K + 1: one Hessian-vector product more for each inner step |
 | pFedMe | K of a local round: theta <- theta - lr (R(grad L(theta)) + lambda (theta - w_i)) |
@@ -13,8 +14,8 @@ Every release draws a batch of its own from all records, so one record may be in
 the query of a step, and composition accounts for it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -173,31 +174,60 @@ def private_meta_sgd_update(
 
 @dataclass(frozen=True)
 class _Pulled:
-    """Parameters, and the received ones that the proximal term pulls them to."""
+    """Parameters, the received ones that the proximal term pulls them to, and their velocity.
+
+    The velocity is that of what the last step moved; empty before the first.
+    """
 
     params: Params
     anchor: Params
+    velocity: Params = field(default_factory=dict)
 
 
 def private_sgd_update(
-    releases: Releases, privacy: PrivacyConfig, *, lr: float, proximal_mu: float = 0.0
+    releases: Releases,
+    privacy: PrivacyConfig,
+    *,
+    lr: float,
+    proximal_mu: float = 0.0,
+    momentum: float = 0.0,
+    drift: Params | None = None,
+    train: Callable[[int], Predicate | None] | None = None,
 ) -> LocalUpdate[_Pulled, int]:
-    """Return the update whose every step is w <- w - lr (R(grad L(w)) + mu (w - anchor)).
+    """Return the update whose every step is w <- w - lr v, on what is released.
 
-    The proximal term touches no data. Its items are step numbers.
+    v <- momentum v + R(grad L(w)) + mu (w - anchor) + drift
+
+    All but R touches no data, or only what was released before. Its items are step numbers.
+
+    Args:
+        releases: with a charge for each step.
+        privacy: sigma and C.
+        lr: > 0.
+        proximal_mu: mu >= 0.
+        momentum: in [0, 1), where all steps move the same; v is 0 at first.
+        drift: added to each gradient (SCAFFOLD's correction); None: nothing.
+        train: step number -> which names it moves, None: all; those alone are released then.
     """
 
     def step(state: _Pulled, number: int) -> _Pulled:
+        moves = train(number) if train else None
         gradient = releases.gradient(
             state.params,
             noise_multiplier=privacy.noise_multiplier,
             max_grad_norm=privacy.max_grad_norm,
+            names=None if moves is None else [name for name in state.params if moves(name)],
         )
-        moved = {
-            name: w - lr * (gradient[name] + proximal_mu * (w - state.anchor[name]))
-            for name, w in state.params.items()
+        velocity = {
+            name: g + proximal_mu * (state.params[name] - state.anchor[name])
+            for name, g in gradient.items()
         }
-        return replace(state, params=moved)
+        if drift is not None:
+            velocity = {name: v + drift[name] for name, v in velocity.items()}
+        if momentum and state.velocity:
+            velocity = {name: momentum * state.velocity[name] + v for name, v in velocity.items()}
+        moved = {name: state.params[name] - lr * v for name, v in velocity.items()}
+        return replace(state, params={**state.params, **moved}, velocity=velocity)
 
     return LocalUpdate(
         begin=lambda params: _Pulled(detached(params), detached(params)),

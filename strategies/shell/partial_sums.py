@@ -18,13 +18,13 @@ those too heavy (``light``), and what is alone in its block, where a sum would s
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from ...errors import MetabloomError
@@ -177,8 +177,8 @@ def light(weights: Sequence[float], max_share: float) -> list[int]:
     return sorted(ascending[:left])
 
 
-def fingerprint(record: ArrayRecord) -> bytes:
-    """Return what tells arrays apart: a hash of their names and bytes."""
+def fingerprint(record: Mapping[str, Array]) -> bytes:
+    """Return what tells the arrays of a record apart: a hash of their names and bytes."""
     digest = blake2b(digest_size=16)
     for name, array in record.items():
         digest.update(f"{name!r} {array.stype!r} {len(array.data)} ".encode())

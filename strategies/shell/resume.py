@@ -140,6 +140,7 @@ def closing(
     done: int,
     told: MutableMapping[int, MetricRecord],
     close_round: Callable[[], None],
+    models: Callable[[ArrayRecord], ArrayRecord],
 ) -> EvaluateFn:
     """Return ``evaluate_fn`` for a loop that begins after round ``done``; it closes rounds.
 
@@ -148,12 +149,13 @@ def closing(
         done: rounds that were played before.
         told: takes what it returns.
         close_round: called after each round.
+        models: what the user's function sees of the arrays of a run.
     """
 
     def evaluate(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if done and not loop_round:
             return None  # the model that is resumed from was evaluated in its own round
-        metrics = evaluate_fn(loop_round + done, arrays)
+        metrics = evaluate_fn(loop_round + done, models(arrays))
         if metrics is not None:
             told[loop_round + done] = metrics
         if loop_round:

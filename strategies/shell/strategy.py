@@ -105,7 +105,7 @@ class RuleStrategy(FedAvg):
             user_privacy, min_fit_replies=min_fit_replies, max_offences=max_offences
         )
         self.user_privacy = user_privacy
-        self._kinds = Kinds(tuple(architectures), rule.exchanged)
+        self._kinds = Kinds.of(architectures, rule)
         rule = self._kinds.rule_for_each(rule, is_user_private=self._account is not None)
         self.rule = self._account.private(rule) if self._account else rule
         self.seed = seed
@@ -167,18 +167,19 @@ class RuleStrategy(FedAvg):
             ConfigError: where the checkpoint is of another run (see ``snapshot_to_resume``), or
                 another run is using the folder.
         """
-        initial = from_record(initial_arrays)
+        initial = self._kinds.with_beside(from_record(initial_arrays))
         if self.checkpoints and not self.checkpoints.settings:
             self.checkpoints = replace(self.checkpoints, settings=self.settings)
         with held(self.checkpoints):
             kept = snapshot_to_resume(self.checkpoints, initial, num_rounds)
             self._begin(kept, initial, timeout)
             done = kept.round if kept else 0
-            first = to_record(kept.arrays) if kept else initial_arrays
+            first = to_record(kept.arrays if kept else initial)
             loop = ResumedRun(self, done).start if done else super().start
             self._closes_with_evaluate_fn = evaluate_fn is not None
             told = self._history.server_metrics
-            scored = evaluate_fn and closing(evaluate_fn, done, told, self._close_round)
+            models, close = self._kinds.models, self._close_round
+            scored = evaluate_fn and closing(evaluate_fn, done, told, close, models)
             left = num_rounds - done
             self._runs_itself = True
             try:
@@ -189,7 +190,7 @@ class RuleStrategy(FedAvg):
             finally:
                 self._runs_itself = False
             self._saver.flush()
-        arrays = result.arrays or first
+        arrays = models(result.arrays or first)
         config = evaluate_config or ConfigRecord()
         self._round = RoundInProgress(num_rounds)
         if not self._roster.was_called:  # nothing was left to train
@@ -243,7 +244,8 @@ class RuleStrategy(FedAvg):
         grid_that_sums = summing(grid)
         if grid_that_sums and self.rule.mean_by and self._needs_no_single_replies:
             wall, key, name = self.firewall, self.weighted_by_key, self.arrayrecord_key
-            reducer = PartialSums(wall, key, name, self.rule.mean_by, fingerprint(arrays))
+            sent = fingerprint(self._kinds.trained(arrays))
+            reducer = PartialSums(wall, key, name, self.rule.mean_by, sent)
             self._round.reduction = grid_that_sums.reduced(messages, reducer)
         return messages
 
@@ -281,25 +283,25 @@ class RuleStrategy(FedAvg):
         if self._account and not self._account.is_paid:
             return self._round.skip(SPENT)
         replies, parts = self._round.received(replies)
-        found = self._good(replies, self._arrays, parts)
+        sent, wall, key = self._kinds.trained(self._arrays), self.firewall, self.weighted_by_key
+        found = self._good(replies, sent, parts)
         self._kinds.tell_of_absent(found, server_round)
         if len(found) < self.min_fit_replies and not self._account:  # it tells not who was there
             return self._round.skip_for_want(len(found), self.min_fit_replies)
         # Values that overflow are found by their result.
         with np.errstate(over="ignore", invalid="ignore"):
-            state = self.rule.init(self._arrays) if self._state is None else self._state
-            sent, wall, key = self._arrays, self.firewall, self.weighted_by_key
+            state = self.rule.init(sent) if self._state is None else self._state
             answers = self._kinds.answers(found, parts, sent, wall, key)
             state, new = self.rule.update(state, sent, answers)
         if wild := not_finite(new):
             return self._round.skip(f"the aggregated array {wild!r} {DIVERGED}")
-        self._state, self._arrays = state, new
+        self._state, self._arrays = state, {**self._arrays, **new}
         contents = [one.message.content for _, one in found]
         metrics = aggregate_metrics(contents, self.train_metrics_aggr_fn, key)
         names = [node.name for node, _ in found]
         self._round.note_training(zip(names, contents, strict=True), parts, metrics)
         self._history.train_metrics[server_round] = metrics
-        return to_record(new), metrics
+        return to_record(self._arrays), metrics
 
     # -- evaluation --------------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@ from metabloom.config import RunConfig
 from metabloom.task import model_of
 
 # Strategies whose clients keep something over the rounds.
-LASTING = ("ditto", "ds-fl", "fedkd", "fedmd", "meta-teacher", "pfedme", "teacher-student")
+LASTING = (
+    *("ditto", "ds-fl", "fedkd", "fedmd", "meta-teacher", "pfedme", "teacher-student"),
+    *("fedper", "fedrep", "lg-fedavg", "scaffold"),
+)
 TEACHER = "mlp hidden=24"
 
 

@@ -62,7 +62,8 @@ def test_every_strategy_tells_the_same_with_sums_and_without(name: str, weightin
         nodes=13,
         rounds=2,
     )
-    assert grid.summed == 2 * 8  # of each nine; the ninth is alone in its block
+    # Of each nine; the ninth is alone in its block. FedNova needs each reply's number of steps.
+    assert grid.summed == (0 if name == "fednova" else 2 * 8)
     alike(summed, single, rounds=2)
 
 

@@ -17,7 +17,7 @@ from metabloom.public import PublicData
 from metabloom.sim import CohortGrid
 from metabloom.strategies import STRATEGIES, Recipe, RuleStrategy, RunResult
 from metabloom.teacher import Teacher
-from metabloom.wire import from_record, to_record
+from metabloom.wire import NOVA_STEPS, from_record, to_record
 
 Arrays = dict[str, np.ndarray]
 
@@ -56,6 +56,7 @@ class Toy:
         answers_roll_call: whether nodes know the query.
         fails: (partition, round) -> reason to raise, or "" to answer.
         learns: (arrays, partition, round) -> the arrays that a client answers with.
+        sizes: bytes of the arrays of each train message.
         asked: (kind, partition) of each train and evaluate message, in order; configs beside it.
     """
 
@@ -67,6 +68,7 @@ class Toy:
     asked: list[tuple[str, int]] = field(default_factory=list)
     configs: list[dict] = field(default_factory=list)
     roll_calls: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     def app(self) -> ClientApp:
         app = ClientApp()
@@ -91,10 +93,13 @@ class Toy:
 
     def _train(self, message: Message, context: Context) -> Message:
         partition, number = self._note("train", message, context)
+        self.sizes.append(sum(len(array.data) for array in message.content["arrays"].values()))
         received = from_record(message.content["arrays"])
         arrays = self.learns(received, partition, number)
         if "mark" in received:  # it is asked about public records: all of them, each round
             arrays |= {"mark": received["mark"], "round": np.array(number)}
+        if NOVA_STEPS in received:  # all take one step
+            arrays |= {NOVA_STEPS: received[NOVA_STEPS]}
         metrics = MetricRecord({"loss": 1.0 / (partition + 1), "num-examples": partition + 1})
         content = RecordDict({"arrays": to_record(arrays), "metrics": metrics})
         return Message(content, reply_to=message)
@@ -180,6 +185,28 @@ def larger() -> Arrays:
     return {"body": np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 2, 2), "n": np.array(3)}
 
 
+# Where training is about a part of the models, this is what stays of ``model`` and of ``larger``.
+STAYS = {"model": {"temperature"}, "larger": {"n"}}
+
+
+def exchanged(name: str) -> set[str]:
+    """Return the arrays of ``model`` that training is about."""
+    needs = STRATEGIES[name](RunConfig.read({})).needs
+    return set(model()) - (STAYS["model"] if "heads" in needs else set())
+
+
+def heads_of(recipe: Recipe, architectures: Sequence[str] = ()) -> dict[str, set[str]]:
+    """Return the head of each of the toy's models, such that ``STAYS`` is what stays."""
+    shares = getattr(getattr(recipe.strategy, "func", None), "shares", "body")
+    heads = {}
+    for name in architectures or ("",):
+        arrays, stays = (
+            (larger(), STAYS["larger"]) if name == "large" else (model(), STAYS["model"])
+        )
+        heads[name] = set(stays) if shares == "body" else set(arrays) - stays
+    return heads
+
+
 def server_parts(recipe: Recipe, architectures: Sequence[str] = ()) -> dict[str, object]:
     """Return what the server hands a strategy, for the toy's models; "large" is ``larger``."""
     nets = {
@@ -193,6 +220,7 @@ def server_parts(recipe: Recipe, architectures: Sequence[str] = ()) -> dict[str,
         "validation": None,
         "num_classes": 2,
         "teacher": Teacher(ToyNet(model()), model()),
+        "heads": heads_of(recipe, architectures),
     }
     return {name: parts[name] for name in recipe.needs}
 
