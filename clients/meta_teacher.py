@@ -113,8 +113,9 @@ class MetaTeacherClient(MAMLClient):
         teacher: a module of the teacher's architecture, with as many outputs as the student.
         alpha: a in [0, 1], the share of the teacher.
         temperature: T > 0.
-        teach_steps: steps of the student, >= 1. The teacher is adapted by the last of
-            ``eval_steps``, at the rate that the server tells, else at ``inner_lr``.
+        teacher_steps: gradient steps that adapt the teacher, at the rate that the server tells,
+            else at ``inner_lr``; 0: the last of ``eval_steps``.
+        teach_steps: steps of the student, >= 1.
         teach_lr: their rate, > 0.
         maml: keyword arguments of ``MAMLClient``; ``context`` is needed.
 
@@ -130,6 +131,7 @@ class MetaTeacherClient(MAMLClient):
         teacher: nn.Module,
         alpha: float = 0.5,
         temperature: float = 4.0,
+        teacher_steps: int = 0,
         teach_steps: int = 100,
         teach_lr: float = 0.01,
         **maml: Any,
@@ -137,12 +139,15 @@ class MetaTeacherClient(MAMLClient):
         super().__init__(model, data, **maml)
         check_alpha(alpha)
         check_temperature(temperature)
+        if not (isinstance(teacher_steps, int) and teacher_steps >= 0):
+            raise ConfigError(f"teacher_steps = {teacher_steps!r}: must be a whole number >= 0")
         if not (isinstance(teach_steps, int) and teach_steps >= 1):
             raise ConfigError(f"teach_steps = {teach_steps!r}: must be a whole number >= 1")
         if not 0 < teach_lr < math.inf:
             raise ConfigError(f"teach_lr = {teach_lr!r}: must be a finite number above 0")
         self.alpha = alpha
         self.temperature = temperature
+        self.teacher_steps = teacher_steps or (self.eval_steps[-1] if self.eval_steps else 0)
         self.teach_steps = teach_steps
         self.teach_lr = teach_lr
         self.outputs = TeacherOutputs(
@@ -219,7 +224,7 @@ class MetaTeacherClient(MAMLClient):
     def _teacher_logits(self, config: Config) -> Tensor:
         """Return the logits, (S + Q, C), of the teacher adapted to the support set."""
         support, records = self.data.support, self.data.all[0]
-        steps = self.eval_steps[-1] if self.eval_steps else 0
+        steps = self.teacher_steps
         lr = float(config.get(TEACHER_LR, self.inner_lr))
 
         def adapted(module: nn.Module, params: Params) -> Params:

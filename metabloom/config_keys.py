@@ -211,6 +211,11 @@ class RunKeys(BaseModel):
     distill_temperature: Rate = Field(
         4.0, description="temperature of the teacher's and the student's outputs in that share (T)"
     )
+    teacher_steps: CountOrDefault = Field(
+        0,
+        description="meta-teacher: gradient steps that adapt the teacher to a client; 0: the last "
+        "of eval-steps. What it was trained for is usually best",
+    )
     teach_steps: Count = Field(
         100, description="meta-teacher: steps in which a client's student learns from the teacher"
     )

@@ -64,6 +64,7 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "energy_end",
     "distill_alpha",
     "distill_temperature",
+    "teacher_steps",
     "teach_steps",
     "teach_lr",
 )

@@ -50,6 +50,7 @@ def recipe(config: RunConfig) -> Recipe:
             **fedmeta.recipe(config).client_options,
             "alpha": config.distill_alpha,
             "temperature": config.distill_temperature,
+            "teacher_steps": config.teacher_steps,
             "teach_steps": config.teach_steps,
             "teach_lr": config.teach_lr,
         },

@@ -57,8 +57,11 @@ def test_the_halves_are_disjoint_and_depend_on_the_client_alone():
     assert not torch.equal(hidden, other)
 
 
-def by_hand(data, *, lr=0.4):
-    """Return all metrics from the public functions: for the teacher, for both students."""
+def by_hand(data, *, lr=0.4, steps=3):
+    """Return all metrics from the public functions: for the teacher, for both students.
+
+    ``lr`` and ``steps`` are those of the teacher.
+    """
     hidden, judged = rows(data)
     (xs, ys), (xq, yq) = data.support, data.query
     known = xq[judged], yq[judged]
@@ -72,7 +75,7 @@ def by_hand(data, *, lr=0.4):
         advance=lambda p, n: adapt(net(), CROSS_ENTROPY, p, data.support, steps=n, **options),
     )
     module = large().eval()
-    adapted = adapt(module, CROSS_ENTROPY, weights(module), data.support, steps=3, inner_lr=lr)
+    adapted = adapt(module, CROSS_ENTROPY, weights(module), data.support, steps=steps, inner_lr=lr)
     module.load_state_dict(adapted)
     student = teach(
         net(),
@@ -113,6 +116,15 @@ def test_the_teacher_is_adapted_at_the_rate_of_its_own_run_where_that_is_told():
     own = own_client(data=data)
     _, _, metrics = own.evaluate(start_of(own), CONFIG | {TEACHER_LR: 0.05})
     assert metrics == pytest.approx(by_hand(data, lr=0.05), rel=1e-4)
+    assert metrics["teacher-loss"] != pytest.approx(by_hand(data)["teacher-loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_the_teacher_is_adapted_by_as_many_steps_as_are_asked_for(steps: int):
+    data = client_data(query=12)
+    own = own_client(data=data, teacher_steps=steps)
+    _, _, metrics = own.evaluate(start_of(own), CONFIG)
+    assert metrics == pytest.approx(by_hand(data, steps=steps), rel=1e-4)
     assert metrics["teacher-loss"] != pytest.approx(by_hand(data)["teacher-loss"], rel=1e-3)
 
 
@@ -213,6 +225,8 @@ def test_training_is_maml_and_never_asks_the_teacher():
     [
         ("alpha", -0.1),
         ("temperature", math.inf),
+        ("teacher_steps", -1),
+        ("teacher_steps", 0.5),
         ("teach_steps", 0),
         ("teach_steps", 1.5),
         ("teach_lr", 0.0),
