@@ -1,26 +1,25 @@
-"""The command line: ``metabloom simulate``, ``metabloom list``, ``metabloom config``."""
+"""The command line: ``metabloom simulate``, ``list``, ``config``, and what has files of its own."""
 
 import json
 import logging
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from . import __version__
+from .cli_compare import compare
+from .cli_pretrain import pretrain
 from .cli_privacy import app as privacy
 from .config import RunConfig
-from .errors import ConfigError, MetabloomError
-from .keys import key_of, parse_value
+from .errors import MetabloomError
+from .keys import key_of
+from .terminal import given, log_above_the_bar, progress_bar, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from .strategies import RoundReport
@@ -46,21 +45,23 @@ def simulate(
         typer.Option("--set", metavar="KEY=VALUE", help="One configuration key; repeatable."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Start at trained weights: a results folder, a file, torchvision:NAME."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in that folder.")
     ] = False,
     verbose: Annotated[bool, typer.Option(help="Show Flower's log.")] = False,
 ) -> None:
     """Run a federation on this machine; write results.json, model.safetensors, report.html."""
-    values = RunConfig.read_toml(config) if config else {}
-    values |= dict(_assignment(text) for text in set_ or [])
-    chosen = {"strategy": strategy, "dataset": dataset, "out": out}
-    values |= {key: value for key, value in chosen.items() if value is not None}
+    options = {"strategy": strategy, "dataset": dataset, "out": out, "init": init}
+    values = given(config, set_, options)
     if resume:
         values["resume"] = True
     run_config = RunConfig.read(values)
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             folder = _run(run_config, verbose=verbose)
     except KeyboardInterrupt:
         _print_interrupted(run_config)
@@ -95,6 +96,10 @@ def version() -> None:
     console.print(__version__)
 
 
+app.command()(compare)
+app.command()(pretrain)
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends with one message and status 2."""
     try:
@@ -104,13 +109,6 @@ def main() -> None:
         message = Text(str(err))
         Console(stderr=True).print(Text("error:", style="bold red"), message, soft_wrap=True)
         sys.exit(2)
-
-
-def _assignment(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise ConfigError(f"--set {text!r}: write key=value, e.g. --set rounds=20")
-    return key.strip(), parse_value(value.strip())
 
 
 def _run(config: RunConfig, *, verbose: bool) -> Path:
@@ -127,13 +125,10 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
     federation = federation_of(config)
     if federation.dropped:
         console.print(f"{federation.dropped} clients are too small for the split and left out")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
         cohort_grid(config) as grid,
-        Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
-        ) as progress,
-        _log_above_the_bar(logging.INFO if verbose else logging.WARNING),
+        progress_bar(console) as progress,
+        log_above_the_bar(logging.INFO if verbose else logging.WARNING),
     ):
         console.print(f"workers: {grid.workers}, kernel: {config.kernel}")
         label = f"{config.strategy} on {config.dataset}"
@@ -149,20 +144,6 @@ def _run(config: RunConfig, *, verbose: bool) -> Path:
         return run(grid, config, on_round=advance)
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C: the last whole round is saved, and the process ends."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _print_interrupted(config: RunConfig) -> None:
     from .server_app import CHECKPOINTS
     from .strategies import Checkpoints
@@ -172,27 +153,8 @@ def _print_interrupted(config: RunConfig) -> None:
     console.print(f"interrupted: {how if saved else 'no round is saved'}")
 
 
-@contextmanager
-def _log_above_the_bar(level: int) -> Iterator[None]:
-    """Let Flower's log through from ``level`` on.
-
-    Its handler writes to the stderr that there was when it was imported; the bar redirects today's.
-    """
-    logger = logging.getLogger("flwr")
-    logger.setLevel(level)
-    handlers = [one for one in logger.handlers if isinstance(one, logging.StreamHandler)]
-    streams = [handler.stream for handler in handlers]
-    for handler in handlers:
-        handler.setStream(sys.stderr)
-    try:
-        yield
-    finally:
-        for handler, stream in zip(handlers, streams, strict=True):
-            handler.setStream(stream)
-
-
 def _print_outcome(folder: Path) -> None:
-    from .sim.report import privacy_lines
+    from .sim.report import ending_line, privacy_lines
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     unseen = results["unseen"]
@@ -203,6 +165,8 @@ def _print_outcome(folder: Path) -> None:
     ):
         table.add_row(label, "-" if value is None else f"{100 * value:.1f}%")
     console.print(table)
+    if line := ending_line(results):
+        console.print(Text(f"ended {line}"), soft_wrap=True)
     for line in privacy_lines(results):
         console.print(Text(line), soft_wrap=True)
     bad = []

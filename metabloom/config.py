@@ -23,6 +23,8 @@ __all__ = ["DATA_ENVIRONMENT_VARIABLE", "FREE_WHEN_RESUMED", "RunConfig", "data_
 
 FREE_WHEN_RESUMED = (  # keys that do not decide what a run computes, only how far, where and when
     "rounds",
+    "max_bytes",
+    "max_seconds",
     "out",
     "resume",
     "checkpoint_every",
@@ -77,6 +79,22 @@ class RunConfig(RunKeys):
             raise ValueError(
                 "user-privacy with architectures: its noise is made for one sum over all clients, "
                 "and each architecture has a sum of its own; use one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_has_validations_to_look_at(self) -> Self:
+        if self.patience and not 0 < self.eval_every <= self.rounds:
+            raise ValueError(
+                f"patience = {self.patience}, but no round is validated with eval-every = "
+                f"{self.eval_every} and rounds = {self.rounds}: set eval-every to 1 or more, and "
+                "to no more than rounds"
+            )
+        if self.patience and self.is_private and not self.unprotected_metrics:
+            raise ValueError(
+                f"patience = {self.patience}, but private clients keep their metrics to "
+                "themselves: name in privacy.unprotected-metrics what validation clients may tell, "
+                "or leave patience at 0"
             )
         return self
 

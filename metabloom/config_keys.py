@@ -34,6 +34,14 @@ class RunKeys(BaseModel):
         "", description="registry name of the model; empty: the data set's usual one"
     )
     model_args: str = Field("", description="options of the model, e.g. 'hidden=128'")
+    init: str = Field(
+        "",
+        description="trained weights to start at: a results folder, a safetensors file, or "
+        "torchvision:NAME; what does not fit, usually the head, stays as the seed makes it",
+    )
+    init_is_public: bool = Field(
+        False, description="with privacy: these weights are no secret, though not trained privately"
+    )
     architectures: str = Field(
         "",
         description="several models in the place of one, shared out among the clients, e.g. "
@@ -50,6 +58,20 @@ class RunKeys(BaseModel):
     out: str = Field("metabloom-results", description="folder for the results")
 
     rounds: Count = Field(100, description="federated rounds")
+    patience: CountOrDefault = Field(
+        0,
+        description="the run ends after so many validations without a better one, and leaves the "
+        "model of the best; 0: it does not look",
+    )
+    max_bytes: CountOrDefault = Field(
+        0, description="bytes of arrays, exchanged by training, that end the run; 0: no bound"
+    )
+    max_seconds: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds of its rounds that end the run; 0: no bound",
+    )
     seed: int = Field(0, ge=0, description="seed of every random stream but privacy noise")
     clients_per_round: Count = Field(8, description="training clients of a round")
     num_clients: CountOrDefault = Field(
@@ -339,6 +361,9 @@ class RunKeys(BaseModel):
         "1,5", description="numbers of adaptation steps that an evaluation reports"
     )
     eval_every: CountOrDefault = Field(10, description="validate every so many rounds; 0: never")
+    score_unseen: bool = Field(
+        True, description="after the last round unseen clients score the model; false: nobody does"
+    )
     timeout_s: Rate = Field(3600.0, description="longest wait for the replies of a round")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where clients compute")
 

@@ -10,6 +10,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from .clients.evaluation import accuracy_after, loss_after
 from .config import RunConfig
 from .errors import MetabloomError
 from .execution import idle_under_flower, kernel_under_flower
@@ -17,8 +18,8 @@ from .files import check_writable
 from .sim.beside_flower import await_ray_of
 from .sim.results import results_of, write_results
 from .simulation import as_carried_out, cohort_grid
-from .strategies import Checkpoints, Firewall, RoundReport, UserLevelPrivacy
-from .task import idle_keys, initial_arrays, recipe_of, server_parts
+from .strategies import Checkpoints, Ending, Firewall, RoundReport, UserLevelPrivacy
+from .task import idle_keys, initial_arrays, recipe_of, server_parts, started
 from .wire import to_record
 
 CHECKPOINTS = "checkpoints"  # folder in that of the results
@@ -77,12 +78,20 @@ def run(
         min_evaluate_nodes=1,
         min_available_nodes=1,
         architectures=architectures,
+        ending=ending_of(config),
         **server_parts(config),
     )
+    initial, fit = started(config, initial)
+    if fit:
+        log(INFO if fit.is_whole else WARNING, "%s", fit)
+        if strategy.rule.exchanged:
+            what = "init: the clients of %s keep models of their own, which begin at the seed's"
+            log(WARNING, what, config.strategy)
     result = strategy.start(
         grid, to_record(initial), num_rounds=config.rounds, timeout=config.timeout_s
     )
-    write_results(out, results_of(config, result), result.arrays, architectures=architectures)
+    results = results_of(config, result) | ({"init": fit.data} if fit else {})
+    write_results(out, results, result.arrays, architectures=architectures)
     if all(report.skipped for report in result.rounds):
         if config.is_user_private and not any(report.clients for report in result.rounds):
             raise MetabloomError(
@@ -136,6 +145,19 @@ def user_privacy_of(config: RunConfig) -> UserLevelPrivacy | None:
         target_epsilon=config.user_privacy_target_epsilon,
         adaptive_quantile=config.user_privacy_adaptive_quantile or None,
         ledger=Path(config.out) / USER_LEDGER,
+    )
+
+
+def ending_of(config: RunConfig) -> Ending:
+    """Return what ends the run early, and by what its best model is known."""
+    most = config.adaptation_steps[-1]
+    return Ending(
+        patience=config.patience,
+        max_bytes=config.max_bytes,
+        max_seconds=config.max_seconds,
+        accuracy=accuracy_after(most),
+        loss=loss_after(most),
+        scored=config.score_unseen,
     )
 
 

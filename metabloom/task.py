@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import init
 from .architectures import assigned, joined
 from .config import RunConfig
 from .errors import ConfigError
@@ -25,6 +26,7 @@ from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .sim.public_sources import load_public, usual_kind
 from .strategies import STRATEGIES, Recipe
 from .teacher import teacher_config, teacher_of
+from .wire import NamedArrays
 
 STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others do not
     "inner_steps",
@@ -90,17 +92,24 @@ def idle_keys(config: RunConfig) -> list[str]:
     >>> idle_keys(RunConfig.read({"aggregation": "median", "weighting": "uniform"}))
     ['weighting']
     """
+    read, defaults = keys_read(config), RunConfig.read({})
+    keys = (*STRATEGY_KEYS, *sorted(set().union(*NEEDED.values())))
+    changed = [key for key in keys if getattr(config, key) != getattr(defaults, key)]
+    return [key_of(key) for key in changed if key not in read]
+
+
+def keys_read(config: RunConfig) -> set[str]:
+    """Return the fields that the strategy reads, as configured; of those that all read, not all.
+
+    >>> {"local_lr", "outer_lr"} & keys_read(RunConfig.read({"strategy": "fedavg"}))
+    {'local_lr'}
+    """
     _import_plugins(config.plugins)
     watch = _Watch(config)
     recipe = STRATEGIES[config.strategy](cast(RunConfig, watch))
     for need in {*recipe.needs, *recipe.client_needs} & NEEDED.keys():
         watch.read |= NEEDED[need]
-    defaults = RunConfig.read({})
-    if config.is_user_private:  # each client counts alike
-        watch.read -= {"weighting"}
-    keys = (*STRATEGY_KEYS, *sorted(set().union(*NEEDED.values())))
-    changed = [key for key in keys if getattr(config, key) != getattr(defaults, key)]
-    return [key_of(key) for key in changed if key not in watch.read]
+    return watch.read - ({"weighting"} if config.is_user_private else set())  # all count alike
 
 
 def spec_of(config: RunConfig) -> DataSpec:
@@ -280,6 +289,11 @@ def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
         config: of the run.
         architecture: one of its architectures; "" where it has none.
     """
+    return model_for(config, spec_of(config).num_classes, architecture)
+
+
+def model_for(config: RunConfig, num_classes: int, architecture: str = "") -> nn.Module:
+    """Return a new one, for ``num_classes`` that need not be the data set's."""
     spec = spec_of(config)
     if architecture:
         (kind,) = (one for one in config.kinds if one.name == architecture)
@@ -288,12 +302,21 @@ def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
         chosen = config.model or spec.model
         own = parse_options(config.model_args, key="model-args")
     usual = dict(spec.model_options) if chosen == spec.model else {}
-    shape, classes = spec.input_shape, spec.num_classes
+    shape, dtype = spec.input_shape, getattr(torch, spec.input_dtype)
     options = {**usual, **own}
-    model = build_model(chosen, input_shape=shape, num_classes=classes, seed=config.seed, **options)
-    dtype = getattr(torch, spec.input_dtype)
-    check_model(model, input_shape=shape, num_classes=classes, input_dtype=dtype)
+    model = build_model(
+        chosen, input_shape=shape, num_classes=num_classes, seed=config.seed, **options
+    )
+    check_model(model, input_shape=shape, num_classes=num_classes, input_dtype=dtype)
     return model
+
+
+def started(
+    config: RunConfig, initial: NamedArrays
+) -> tuple[dict[str, np.ndarray], init.Fit | None]:
+    """Return the initial arrays with those of the key ``init`` in their place; see ``init``."""
+    held_out = int(_options(config).get("held_out", 0)) if config.init else 0
+    return init.started(config, initial, held_out=held_out)
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 
 from ..config import data_folder
 from ..errors import ConfigError, DataError, unknown_name
-from ..public import PublicData, held_out_rows
+from ..public import Batch, PublicData, held_out_rows
 from ..streams import numpy_stream
 from .datasets._spec import DataSpec, to_batch
 from .datasets._torchvision import train_images
@@ -67,15 +67,69 @@ def load_public(
         return PublicData.of(kind, noise(spec, size, seed))
     if kind == "smooth-noise":
         return PublicData.of(kind, smooth_noise(spec, size, seed))
-    name = dataset if kind == "held-out" else kind.removeprefix(OTHER)
+    name = source_of(kind, dataset)
     folder = data_folder(str(root or "")).absolute()
     images, labels = train_images(name, VISION_SETS[name], root=folder, download=download)
     if kind == "held-out":
         return held_out(spec, images, labels, size, seed)
-    if size > len(images):
-        raise DataError(f"public data {kind!r}: size = {size}, but the set has {len(images)}")
-    order = numpy_stream(seed, "public", name).permutation(len(images))
-    return PublicData.of(kind, fit_images(images[np.sort(order[:size])], spec))
+    rows = _rows_of(kind, size, len(images), seed)
+    return PublicData.of(kind, fit_images(images[rows], spec))
+
+
+def load_labelled(
+    kind: str,
+    spec: DataSpec,
+    *,
+    size: int,
+    seed: int,
+    dataset: str,
+    root: Path | str | None = None,
+    download: bool = False,
+) -> tuple[PublicData, Batch, int]:
+    """Return public records with their own labels, to train on: (records, (x, y), classes).
+
+    The records are those of ``load_public`` with the same arguments. The labels of "held-out" mean
+    what those of the federation do; those of another set are that set's own, of so many classes.
+
+    Raises:
+        ConfigError, MissingDataError, DataError: as ``load_public``; for noise, which has no
+            labels.
+    """
+    check_kind(kind, dataset)
+    name = source_of(kind, dataset)
+    if not name:
+        raise ConfigError(
+            f"public data {kind!r} have no labels to train on: use 'held-out', where the data set "
+            "can, or dataset:NAME"
+        )
+    public = load_public(
+        kind, spec, size=size, seed=seed, dataset=dataset, root=root, download=download
+    )
+    if public.targets is not None:
+        return public, (public.inputs, public.targets), spec.num_classes
+    folder = data_folder(str(root or "")).absolute()
+    _, labels = train_images(name, VISION_SETS[name], root=folder, download=download)
+    targets = torch.from_numpy(labels[_rows_of(kind, size, len(labels), seed)])
+    return public, (public.inputs, targets), VISION_SETS[name].num_classes
+
+
+def source_of(kind: str, dataset: str) -> str:
+    """Return the data set whose images public records of ``kind`` are; "" where they are made up.
+
+    >>> source_of("dataset:kmnist", "mnist"), source_of("held-out", "mnist")
+    ('kmnist', 'mnist')
+    """
+    if kind == "held-out":
+        return dataset
+    return kind.removeprefix(OTHER) if kind.startswith(OTHER) else ""
+
+
+def _rows_of(kind: str, size: int, total: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return the rows of another set that are public, ascending."""
+    if size > total:
+        raise DataError(f"public data {kind!r}: size = {size}, but the set has {total}")
+    order = numpy_stream(seed, "public", kind.removeprefix(OTHER)).permutation(total)
+    return np.sort(order[:size])
 
 
 def usual_kind(dataset: str) -> str:

@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 from ..planning import at_most
 
 INK, MUTED, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2b6cb0", "#c05621"
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -29,7 +29,8 @@ td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
 </head>
 <body>
 <h1>{title}</h1>
-{summary}
+"""
+BODY = """{summary}
 {privacy}
 <h2>Adaptation of unseen clients</h2>
 <p class="note">{adaptation_note}</p>
@@ -44,6 +45,7 @@ td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
 </body>
 </html>
 """
+PAGE = HEAD + BODY
 ADAPTATION_NOTE = (
     "Query accuracy of clients that took no part in training, by adaptation steps on their support "
     "sets. Each thin line is a client; the thick line is their mean, each client counting once."
@@ -69,7 +71,7 @@ def render_report(results: dict[str, Any]) -> str:
         progress=_progress(results["history"], withheld=_are_withheld(results)),
         failures=_bad_replies(results, "failures", "Failed replies"),
         quarantined=_bad_replies(results, "quarantined", "Quarantined replies"),
-        configuration=_table([(k, str(v)) for k, v in results["config"].items()]),
+        configuration=table_of([(k, str(v)) for k, v in results["config"].items()]),
     )
 
 
@@ -97,6 +99,17 @@ def privacy_lines(results: dict[str, Any]) -> list[str]:
         if user.get("seeded"):
             lines.append("WARNING: that noise was seeded: it protects nobody")
     return lines
+
+
+def ending_line(results: dict[str, Any]) -> str:
+    """Return what the content of results.json says of an early end and a best model, or ""."""
+    told = results.get("ending")
+    if told is None:
+        return ""
+    why = f", {told['reason']}" if told["reason"] else ""
+    number = told["model_round"]
+    model = "" if number is None else f"; the model is that of round {number}, the best validated"
+    return f"after round {told['rounds']}{why}{model}"
 
 
 def _are_withheld(results: dict[str, Any]) -> bool:
@@ -131,7 +144,7 @@ def _privacy(results: dict[str, Any]) -> str:
             ("at delta", f"{user['delta']:g}"),
             *([("not covered", user["not_covered"])] if "not_covered" in user else []),
         ]
-    return f"<h2>Privacy</h2>\n{_table(rows)}" if rows else ""
+    return f"<h2>Privacy</h2>\n{table_of(rows)}" if rows else ""
 
 
 def _bound(epsilon: float | None) -> str:
@@ -145,6 +158,7 @@ def _summary(results: dict[str, Any]) -> str:
         ("clients", ", ".join(f"{count} {role}" for role, count in clients.items()) or "none"),
         *([("left out, too small for the split", str(dropped))] if dropped else []),
         ("rounds", str(results["rounds"])),
+        *([("ending", line)] if (line := ending_line(results)) else []),
         ("accuracy of unseen clients before adaptation", _percent(unseen["accuracy_before"])),
         *(
             (f"after {steps} step{'s' if steps != '1' else ''}", _percent(value))
@@ -156,7 +170,7 @@ def _summary(results: dict[str, Any]) -> str:
         ("quarantined replies", str(results.get("quarantined", 0))),
         *([("skipped rounds", str(results["skipped"]))] if results.get("skipped") else []),
     ]
-    return _table(rows)
+    return table_of(rows)
 
 
 def _adaptation_curves(unseen: dict[str, Any], *, withheld: bool) -> str:
@@ -184,7 +198,7 @@ def _adaptation_curves(unseen: dict[str, Any], *, withheld: bool) -> str:
     figure.add_scatter(
         x=steps, y=mean, mode="lines+markers", line={"color": ACCENT, "width": 4}, name="mean"
     )
-    return _html(figure, "adaptation steps", ticks=steps)
+    return as_html(figure, "adaptation steps", ticks=steps)
 
 
 def _progress(history: list[dict[str, Any]], *, withheld: bool) -> str:
@@ -221,7 +235,7 @@ def _progress(history: list[dict[str, Any]], *, withheld: bool) -> str:
             line={"color": colors[position % len(colors)]},
             name=f"after {step}",
         )
-    return _html(figure, "round")
+    return as_html(figure, "round")
 
 
 def _bad_replies(results: dict[str, Any], fate: str, title: str) -> str:
@@ -237,10 +251,10 @@ def _bad_replies(results: dict[str, Any], fate: str, title: str) -> str:
     rows = [(f"{when}, {one['client']}", one["reason"]) for when, one in found[:REASONS]]
     more = len(found) - len(rows)
     note = f'<p class="note">And {more} more, in results.json.</p>' if more else ""
-    return f"<h2>{title}</h2>\n{_table(rows)}\n{note}"
+    return f"<h2>{title}</h2>\n{table_of(rows)}\n{note}"
 
 
-def _html(figure: go.Figure, x_title: str, *, ticks: list[int] | None = None) -> str:
+def as_html(figure: go.Figure, x_title: str, *, ticks: list[int] | None = None) -> str:
     """Return a figure as a div, which the script in the page's head draws."""
     figure.update_layout(
         template="plotly_white",
@@ -256,7 +270,8 @@ def _html(figure: go.Figure, x_title: str, *, ticks: list[int] | None = None) ->
     return html
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def table_of(rows: list[tuple[str, str]]) -> str:
+    """Return rows of a name and a value as an HTML table."""
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows
     )

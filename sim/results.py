@@ -54,6 +54,7 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "history": [_round(report, steps) for report in result.rounds],
         "bytes_down": sum(report.bytes_down for report in result.rounds),
         "bytes_up": sum(report.bytes_up for report in result.rounds),
+        "bytes_training": sum(report.bytes_training for report in result.rounds),
         "seconds": sum(report.seconds for report in result.rounds),
         "failures": sum(len(report.failures) for report in result.rounds)
         + len(result.final_failures),
@@ -61,6 +62,9 @@ def results_of(config: RunConfig, result: RunResult) -> dict[str, Any]:
         + len(result.final_quarantined),
         "skipped": sum(report.skipped for report in result.rounds),
     }
+    if result.ended or result.model_round is not None:
+        told = {"reason": result.ended, "model_round": result.model_round}
+        data["ending"] = {"rounds": len(result.rounds), **told}
     privacy = {}
     if config.is_private or any(report.spent for report in result.rounds):
         privacy["record_level"] = _record_level(config, result)
@@ -149,6 +153,7 @@ def _round(report: RoundReport, steps: Sequence[int]) -> dict[str, Any]:
         "validation": validation,
         "bytes_down": report.bytes_down,
         "bytes_up": report.bytes_up,
+        "bytes_training": report.bytes_training,
         "seconds": report.seconds,
     }
 

@@ -30,6 +30,7 @@ from .rules import Aggregation, Reply, Rule, interpolate, mean, server_optimizer
 from .scaffold import SCAFFOLD
 from .shell import RuleStrategy
 from .shell.checkpoint import Checkpoints
+from .shell.ending import Ending
 from .shell.firewall import Firewall
 from .shell.guard import guard
 from .shell.reports import ClientScore, RoundReport, RunResult
@@ -50,6 +51,7 @@ __all__ = [
     "ClientScore",
     "Distillation",
     "Ditto",
+    "Ending",
     "FedAvg",
     "FedBABU",
     "FedDF",

@@ -147,7 +147,7 @@ class Guarded(Strategy):
         self._sent = from_record(_array_record(messages, arrays))
         self._initial = self._initial or self._sent
         self._round.messages = messages
-        self._round.bytes_down = len(messages) * size_of(arrays)
+        self._round.bytes_down = self._round.bytes_to_train = len(messages) * size_of(arrays)
         self._round.clients = tuple(f"node-{one.metadata.dst_node_id}" for one in messages)
         return messages
 

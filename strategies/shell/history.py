@@ -65,8 +65,23 @@ class History:
         bound, spent = max_offences or math.inf, self.exhausted
         return [n for n in nodes if self.offences[n.name] < bound and n.name not in spent]
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """What a run's result has of it."""
+        return {
+            "train_metrics_clientapp": self.train_metrics,
+            "evaluate_metrics_clientapp": self.evaluate_metrics,
+            "evaluate_metrics_serverapp": self.server_metrics,
+            "rounds": list(self.reports),
+        }
+
     def snapshot(
-        self, number: int, arrays: NamedArrays, state: State | None, told: tuple[str, ...]
+        self,
+        number: int,
+        arrays: NamedArrays,
+        state: State | None,
+        told: tuple[str, ...],
+        best: NamedArrays | None = None,
     ) -> Snapshot:
         """Return the state of the run after round ``number``, which later rounds do not change.
 
@@ -84,4 +99,5 @@ class History:
             offences=dict(self.offences),
             told=told,
             token=self.token,
+            best=best,
         )

@@ -46,6 +46,7 @@ class RoundReport:
         validation: the scores of the validation clients.
         bytes_down: bytes of arrays that were sent.
         bytes_up: bytes of arrays in the good replies.
+        bytes_training: of both, those of training.
         seconds: how long it took.
         exhausted: who refused to train since its privacy budget is spent: no failure.
         spent: what the privacy ledgers of the clients that trained have come to (epsilon).
@@ -65,6 +66,7 @@ class RoundReport:
     exhausted: tuple[str, ...] = ()
     spent: tuple[tuple[str, float], ...] = ()
     privacy_delta: float = 0.0
+    bytes_training: int = 0
 
     @cached_property
     def as_json(self) -> Json:
@@ -90,6 +92,8 @@ class RunResult(Result):
         clients: the number of nodes of each role.
         dropped: clients of the data set that were too small to take part, as nodes report them.
         user_level: what the models tell of any one client; None without user-level privacy.
+        ended: why the run ended before its last round; empty where it did not.
+        model_round: the round whose model ``arrays`` are, where the run looked for the best one.
     """
 
     rounds: list[RoundReport] = field(default_factory=list)
@@ -100,3 +104,5 @@ class RunResult(Result):
     clients: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
     user_level: UserLevelSpent | None = None
+    ended: str = ""
+    model_round: int | None = None

@@ -1,6 +1,7 @@
 """Go on with a run that was stopped: from its newest checkpoint, through Flower's own loop."""
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from logging import ERROR, INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -107,6 +108,20 @@ class Saver:
                 self._checkpoints.finish()
             except MetabloomError as err:  # of the disk
                 log(ERROR, "the run could not be marked as finished: %s", err)
+
+    @contextmanager
+    def flushed(self) -> Iterator[None]:
+        """Save the last state that the block offered, however the block ends.
+
+        Raises:
+            CheckpointError: as ``flush``, where the block raises nothing.
+        """
+        try:
+            yield
+        except BaseException:
+            self.flush(failing=True)
+            raise
+        self.flush()
 
     def flush(self, *, failing: bool = False) -> None:
         """Save the last state that was offered, unless it is saved or can never be.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common import log
@@ -38,6 +39,7 @@ class RoundInProgress:
     skipped: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_to_train: int = 0  # of those that went down
 
     def note(self, exchange: Exchange, name_of: Callable[[int], str]) -> None:
         """Note and log the nodes that failed, were refused, are exhausted or lost."""
@@ -54,6 +56,7 @@ class RoundInProgress:
     def received(self, replies: Iterable[Message]) -> tuple[list[Message], list[Part]]:
         """Return the replies, and the sums of those that have no arrays any more."""
         all_of_them = list(replies)  # only then the sums are complete
+        self.bytes_to_train = self.bytes_down  # nothing else was sent yet
         reduction, self.reduction = self.reduction, None
         return all_of_them, parts_of(reduction)
 
@@ -86,6 +89,12 @@ class RoundInProgress:
         log(WARNING, "round %d is skipped, the model stays: %s", self.number, reason)
         return None, None
 
+    @property
+    def final(self) -> dict[str, Any]:
+        """What a run's result has of the evaluation after the last round."""
+        refused = tuple(self.quarantined)
+        return {"final_failures": tuple(self.failures), "final_quarantined": refused}
+
     def report(self) -> RoundReport:
         """Return the report of the round, which ends now."""
         return RoundReport(
@@ -102,4 +111,5 @@ class RoundInProgress:
             exhausted=tuple(self.exhausted),
             spent=tuple(self.spent),
             privacy_delta=self.privacy_delta,
+            bytes_training=self.bytes_to_train + self.bytes_up,
         )

@@ -3,7 +3,8 @@
 The first file is in the format of safetensors: the arrays of the model as ``model/NAME``, those of
 the rule's state as ``rule/N``. The second, the record, is strict JSON under a checksum (see
 ``metabloom.files.seal_json``): everything else, and the size and the SHA-256 of the first. Mappings
-whose keys are not fixed are lists of pairs; for the rule's state see ``state_tree``.
+whose keys are not fixed are lists of pairs; for the rule's state see ``state_tree``. Where a run
+looks for its best model, the first file holds that too, as ``best/NAME``.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ class Snapshot:
         offences: how many bad replies each client has sent.
         told: the nodes whose fault the user knows of.
         token: identity of the run, the same over resumes.
+        best: the model that validation clients liked best so far; None: nobody looks for it.
     """
 
     round: int
@@ -56,6 +58,7 @@ class Snapshot:
     offences: Mapping[str, int]
     told: tuple[str, ...]
     token: str
+    best: NamedArrays | None = None
 
 
 def packed(snapshot: Snapshot, settings: Mapping[str, Scalar]) -> tuple[bytes, bytes]:
@@ -65,8 +68,9 @@ def packed(snapshot: Snapshot, settings: Mapping[str, Scalar]) -> tuple[bytes, b
         CheckpointError: where the state or a history holds what cannot be saved, naming it.
     """
     arrays = {
-        f"model/{name}": storable(value, f"the model's {name!r}")
-        for name, value in snapshot.arrays.items()
+        f"{kind}/{name}": storable(value, f"the model's {name!r}")
+        for kind, model in (("model", snapshot.arrays), ("best", snapshot.best or {}))
+        for name, value in model.items()
     }
     root = None if snapshot.state is None else dict(snapshot.state)
     try:
@@ -116,6 +120,7 @@ def unpacked(file: Path, arrays_file: Path) -> tuple[Snapshot, dict[str, Scalar]
     snapshot = Snapshot(
         round=told["round"],
         arrays={name: arrays[f"model/{name}"] for name in told["names"]},
+        best=_named("best", told["names"], arrays),
         state=unpack(told["state"], arrays),
         reports=tuple(map(_report, told["reports"])),
         **{key: dict(told[key]) for key in HISTORIES},
@@ -124,6 +129,13 @@ def unpacked(file: Path, arrays_file: Path) -> tuple[Snapshot, dict[str, Scalar]
         token=told["token"],
     )
     return snapshot, dict(told["settings"])
+
+
+def _named(kind: str, names: list[str], arrays: NamedArrays) -> NamedArrays | None:
+    """Return the arrays of one model; None where the file holds none of them."""
+    if not any(name.startswith(f"{kind}/") for name in arrays):
+        return None
+    return {name: arrays[f"{kind}/{name}"] for name in names}
 
 
 def _report(told: dict[str, Any]) -> RoundReport:

@@ -25,6 +25,7 @@ from ..rules import Rule, State
 from ..user_level import UserLevelPrivacy
 from .answers import scores_of
 from .checkpoint import Checkpoints
+from .ending import Ending, Watch, played
 from .exchange import sort_replies
 from .firewall import Firewall, Judged, not_finite
 from .history import History
@@ -67,6 +68,7 @@ class RuleStrategy(FedAvg):
             ``partial_sums``), where the rule needs no single ones; False: each reply comes here.
         architectures: names of them, where clients differ (see ``metabloom.architectures``): each
             node gets the model of the one that it says at the roll call; the rule sees each apart.
+        ending: what ends the run early, and whether it leaves its best model; None: nothing.
         fedavg: any keyword argument of Flower's FedAvg.
 
     Raises:
@@ -90,6 +92,7 @@ class RuleStrategy(FedAvg):
         user_privacy: UserLevelPrivacy | None = None,
         partial_sums: bool = True,
         architectures: Sequence[str] = (),
+        ending: Ending | None = None,
         **fedavg: Any,
     ) -> None:
         for name, value, least in (
@@ -117,6 +120,7 @@ class RuleStrategy(FedAvg):
         self.checkpoints = checkpoints
         self.on_round = on_round
         self.partial_sums = partial_sums
+        self.ending = ending or Ending()
         self._runs_itself = False
         self._begin(None, {}, 3600.0)
 
@@ -130,8 +134,9 @@ class RuleStrategy(FedAvg):
         own = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         del own["partial_sums"]
         told = {key: value for key, value in own.items() if isinstance(value, Scalar)}
+        told |= {"firewall": str(self.firewall), **self.ending.settings}
         private = self.user_privacy.settings if self.user_privacy else {}
-        return {"strategy": type(self).__name__, **told, "firewall": str(self.firewall), **private}
+        return {"strategy": type(self).__name__, **told, **private}
 
     def _begin(self, kept: Snapshot | None, arrays: NamedArrays, timeout_s: float) -> None:
         """Set the state of a run, from a snapshot or anew."""
@@ -141,6 +146,7 @@ class RuleStrategy(FedAvg):
         self._roster = Roster(kept.told if kept else (), self._kinds.names)
         self._round = RoundInProgress()
         self._saver = Saver(self.checkpoints, kept)
+        self._watch = Watch(self.ending, kept)
         self._timeout = timeout_s
         self._closes_with_evaluate_fn = False
         self._sampler = Sampler(self.seed)
@@ -180,19 +186,17 @@ class RuleStrategy(FedAvg):
             told = self._history.server_metrics
             models, close = self._kinds.models, self._close_round
             scored = evaluate_fn and closing(evaluate_fn, done, told, close, models)
-            left = num_rounds - done
+            left = 0 if self._watch.over else num_rounds - done
+            configs = train_config, evaluate_config
             self._runs_itself = True
             try:
-                result = loop(grid, first, left, timeout, train_config, evaluate_config, scored)
-            except BaseException:
-                self._saver.flush(failing=True)
-                raise
+                with self._saver.flushed():
+                    result = played(loop, grid, first, left, timeout, *configs, scored)
             finally:
                 self._runs_itself = False
-            self._saver.flush()
-        arrays = models(result.arrays or first)
+        arrays = models(self._watch.model(result.arrays or first))
         config = evaluate_config or ConfigRecord()
-        self._round = RoundInProgress(num_rounds)
+        self._round = RoundInProgress(len(self._history.reports))
         if not self._roster.was_called:  # nothing was left to train
             self._gather(grid)
         unseen = self._final_scores(grid, arrays, config, "unseen")
@@ -200,17 +204,14 @@ class RuleStrategy(FedAvg):
         self._saver.finish()
         return RunResult(
             arrays=arrays,
-            train_metrics_clientapp=self._history.train_metrics,
-            evaluate_metrics_clientapp=self._history.evaluate_metrics,
-            evaluate_metrics_serverapp=self._history.server_metrics,
-            rounds=list(self._history.reports),
+            **self._history.result,
             unseen=unseen,
             trained=self._final_scores(grid, arrays, config, "train") if trained else [],
-            final_failures=tuple(self._round.failures),
-            final_quarantined=tuple(self._round.quarantined),
+            **self._round.final,
             clients=self._roster.counts(),
             dropped=self._roster.dropped,
             user_level=self._account.spent(self._state) if self._account else None,
+            **self._watch.result,
         )
 
     def summary(self) -> None:
@@ -337,7 +338,7 @@ class RuleStrategy(FedAvg):
     def _final_scores(
         self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, role: str
     ) -> list[ClientScore]:
-        nodes = [node for node in self._roster.with_role(role) if node.role]
+        nodes = [node for node in self._roster.with_role(role) if node.role and self.ending.scored]
         messages = self._messages(arrays, config, nodes, MessageType.EVALUATE)
         replies = grid.send_and_receive(messages, timeout=self._timeout) if messages else []
         return list(self._scores(replies)[0])
@@ -347,10 +348,12 @@ class RuleStrategy(FedAvg):
     def _close_round(self) -> None:
         report = self._round.report()
         self._history.reports.append(report)
-        told = self._roster.told
-        self._saver.offer(self._history.snapshot(report.round, self._arrays, self._state, told))
+        self._watch.note(report, self._arrays)
+        parts = self._arrays, self._state, self._roster.told, self._watch.best
+        self._saver.offer(self._history.snapshot(report.round, *parts))
         if self.on_round:
             self.on_round(report)
+        self._watch.end(self._arrays)
 
     # -- nodes and messages ------------------------------------------------------------------------
 

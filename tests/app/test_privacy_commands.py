@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from metabloom.accounting import Budget, Event, epsilon_of
-from metabloom.cli import _assignment, app
+from metabloom.cli import app
 from metabloom.clients import PrivacyConfig
 from metabloom.clients.privacy import updates
 from metabloom.config import RunConfig
@@ -27,6 +27,7 @@ from metabloom.planning import (
     neighbours,
     plan,
 )
+from metabloom.terminal import assignment
 
 DELTA = 1e-5
 WIDE = {"COLUMNS": "250"}
@@ -261,7 +262,7 @@ def pasted(said: str) -> list[str]:
 
 
 def read(words: list[str]) -> RunConfig:
-    return RunConfig.read(dict(_assignment(word) for word in words if word != "--set"))
+    return RunConfig.read(dict(assignment(word) for word in words if word != "--set"))
 
 
 def test_the_pasted_keys_are_a_configuration():

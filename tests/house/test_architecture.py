@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ("metabloom", "models", "clients", "strategies", "sim")
 WRITTEN_BY_HAND = (*LIBRARY, "tests", "benchmarks", "examples")
 ROOMS = LIBRARY[1:]
-APPS = ("server_app", "client_app", "cli", "cli_privacy", "testing")
-ON_TOP = ("task", "pins", "simulation", *APPS)  # the rest of metabloom/ are leaves
+OF_COMMANDS = ("cli_privacy", "cli_compare", "cli_pretrain")
+APPS = ("server_app", "client_app", "cli", *OF_COMMANDS, "testing")
+# The rest of metabloom/ are leaves.
+ON_TOP = ("task", "pins", "simulation", "trials", "trial_pool", "comparison_plan", *APPS)
 
 # importer -> what it may import. A dotted entry allows those names alone, not the whole room.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -39,8 +41,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client_app": {"leaves", "models", "clients", "strategies", "sim", "task", "pins"},
     "cli": {
         *("leaves", "models", "clients", "strategies", "sim", "task"),
-        *("simulation", "server_app", "cli_privacy"),
+        *("simulation", "server_app", "cli_privacy", "cli_compare", "cli_pretrain"),
     },
+    "trials": {"leaves", "strategies", "sim", "simulation", "server_app"},
+    "trial_pool": {"leaves", "trials"},
+    "comparison_plan": {"leaves", "task"},
+    "cli_compare": {"leaves", "strategies", "sim", "comparison_plan", "trials", "trial_pool"},
+    "cli_pretrain": {"leaves", "sim", "task"},
     "cli_privacy": {"leaves", "models", "clients", "strategies", "sim", "task"},
     "testing": {"leaves", "sim", "task", "client_app", "server_app"},
 }

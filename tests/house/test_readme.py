@@ -1,4 +1,4 @@
-"""The README and three pages of docs are true: names exist, commands and blocks of code work."""
+"""The README and four pages of docs are true: names exist, commands and blocks of code work."""
 
 import re
 import shlex
@@ -15,7 +15,8 @@ from tests.sim.synthetic_data import SMALL, install_fakes
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-DOCS = [README.parent / "docs" / name for name in ("reliability.md", "privacy.md", "scaling.md")]
+NAMES = ("reliability.md", "privacy.md", "scaling.md", "comparing.md")
+DOCS = [README.parent / "docs" / name for name in NAMES]
 PAGES = TEXT + "".join(page.read_text(encoding="utf-8") for page in DOCS)
 
 

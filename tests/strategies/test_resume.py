@@ -38,7 +38,8 @@ def told(result: RunResult, name: str = "") -> dict:
 
     Teachers are sent again after a resume: there the bytes are left out too.
     """
-    others = {"seconds": None, **({"bytes_down": None} if "teacher" in name else {})}
+    resent = {"bytes_down": None, "bytes_training": None} if "teacher" in name else {}
+    others = {"seconds": None, **resent}
     rounds = [{**asdict(report), **others} for report in result.rounds]
     arrays = {"arrays": bits(result.arrays), "rounds": rounds}
     return {**vars(result), **arrays}
