@@ -218,7 +218,7 @@ class FedKDClient(Learner):
         if mentor is None:
             return loss, count, metrics
         judged = copy.deepcopy(self.mentor).eval()
-        its_loss, accuracy = score(judged, self.loss_fn, mentor, self.data.query)
+        its_loss, accuracy = score(judged, self.loss_fn, mentor, self.data.judging)
         told: Config = {MENTOR_LOSS: its_loss}
         if accuracy is not None:
             told[MENTOR_ACCURACY] = accuracy

@@ -205,15 +205,16 @@ class Learner(NumPyClient):
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
         """Return (query loss after the most steps, number of query records, adaptation curve).
 
-        A private client returns the metrics that it was told to leave unprotected, and NaN in the
-        place of a loss that is none of them.
+        Where records are held back, those are what it judges by. A private client returns the
+        metrics that it was told to leave unprotected, and NaN in the place of a loss that is none
+        of them.
         """
         params = self.load(parameters)
         if self.private is not None and self.private.tells_nothing:
             return math.nan, 1, {}  # not even whether it would have failed
         with self.guarded():
             self.model = copy.deepcopy(self.model).eval()  # without dropout: the same each time
-            query = self.data.query
+            query = self.data.judging
             start, advance = self.adaptation(params, config)
             curve = adaptation_curve(
                 self.model, self.loss_fn, start, query, steps=self.eval_steps, advance=advance

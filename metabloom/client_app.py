@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from .clients import CLIENTS, ClientStore, Learner, client_app
+from .clients import CLIENTS, ClientData, ClientStore, Learner, client_app
+from .clients.data import with_held_back
 from .clients.kernel import Kernel
 from .clients.privacy.round import DEPENDENT, errors_kept
 from .config import RunConfig
@@ -16,6 +17,7 @@ from .errors import ConfigError, MissingDataError
 from .pins import KEYS, ROOT, privacy_of
 from .sim import Federation
 from .strategies import Recipe
+from .streams import torch_stream
 from .task import (
     architectures_of_clients,
     client_parts,
@@ -71,7 +73,7 @@ def client_fn(context: Context) -> Learner:
         architecture = _architecture(context, config, federation, index)
     return CLIENTS[recipe.client](
         model_of(config, architecture),  # its own alone: a weak node builds no other
-        lambda: federation.client(index),
+        lambda: _data(config, federation, index),
         inner_lr=config.inner_lr,
         eval_steps=config.adaptation_steps,
         seed=config.seed,
@@ -84,6 +86,15 @@ def client_fn(context: Context) -> Learner:
         **recipe.client_options,
         **task.parts,
     )
+
+
+def _data(config: RunConfig, federation: Federation, index: int) -> ClientData:
+    """Return a client's records; of a training client a share may be held back from training."""
+    data = federation.client(index)
+    if not config.held_back or federation.roles[index] != "train":
+        return data
+    drawn = torch_stream(config.seed, "held-back", federation.client_ids[index])
+    return with_held_back(data, config.held_back, drawn)
 
 
 def properties(context: Context) -> dict[str, str | int | float | bool]:
@@ -100,6 +111,11 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
     privacy = privacy_of(context.node_config, config, federation.client_ids[index])
     if privacy is not None and federation.has_fixed_split(index):
         raise ConfigError(f"{config.dataset}: {DEPENDENT}")
+    if config.held_back and federation.has_fixed_split(index):
+        raise ConfigError(
+            f"held-back = {config.held_back:g} on {config.dataset}: its records depend on each "
+            "other, so what is held back would not be unseen; set held-back = 0"
+        )
     architecture = _architecture(context, config, federation, index)
     model_of(config, architecture)  # raises where it cannot be built
     _ = _task(_items(context)).parts  # as that

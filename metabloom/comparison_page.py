@@ -108,7 +108,8 @@ class Comparison:
             cells += [f"{found['bytes'] / 1e6:.2f}", f"{found['seconds']:.1f}"]
             lines.append(f"| `{method.strategy}` | {' | '.join(cells)} | {found['rounds']:g} |")
         if keep:
-            lines += ["", OWN_MODELS]
+            back = bool(self.settings.get("held-back"))
+            lines += ["", OWN_MODELS.format(HELD_BACK if back else PERHAPS_SEEN)]
         return lines
 
     def _choices(self) -> list[str]:
@@ -148,11 +149,13 @@ class Comparison:
 
 
 OWN_MODELS = (
-    "*Own models* are those that training clients keep for themselves, scored by the clients that "
-    "keep them, as they are and *adapted* by the most steps: other clients than the unseen "
-    "ones, and where the method trains on all records of a client, records that the model has "
-    "seen. They say how well clients that train are served, not how a method does on new ones."
+    "*Own models* are what training clients have at the end, scored by them: models that they keep "
+    "for themselves, else the shared one, as they are and *adapted* by the most steps. These are "
+    "other clients than the unseen ones, and {}. They say how well clients that train are served, "
+    "not how a method does on new ones."
 )
+HELD_BACK = "they score by records that were held back from all training"
+PERHAPS_SEEN = "where the method trains on all records of a client, records that the model has seen"
 
 
 def steps_of(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Self
 from pydantic import ValidationError, field_validator, model_validator
 
 from .architectures import Architecture, architectures_of
-from .config_keys import DATA_ENVIRONMENT_VARIABLE, RunKeys
+from .config_keys import RunKeys
+from .config_keys_task import DATA_ENVIRONMENT_VARIABLE
 from .errors import ConfigError, nearest
 from .keys import Scalar, flattened, key_of
 

@@ -158,6 +158,7 @@ def ending_of(config: RunConfig) -> Ending:
         accuracy=accuracy_after(most),
         loss=loss_after(most),
         scored=config.score_unseen,
+        trained=config.score_training,
     )
 
 

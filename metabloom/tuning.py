@@ -43,7 +43,8 @@ FIXED = frozenset(  # what all methods of a comparison have in common
     {
         *("strategy", "dataset", "dataset-args", "num-clients", "seed", "plugins"),
         *("public-data", "public-size", "distill-validation"),  # and so the clients' records
-        *("eval-steps", "eval-every", "patience", "score-unseen"),
+        *("eval-steps", "eval-every", "patience"),
+        *("score-unseen", "score-training", "held-back"),
         *map(key_of, FREE_WHEN_RESUMED),
     }
 )

@@ -41,6 +41,7 @@ class Ending:
         loss: metric whose mean decides where accuracies are equal, or nobody tells them.
         scored: unseen clients score the model that the run leaves, and training clients their own
             models where they keep some; False: nobody is asked.
+        trained: training clients score in any case.
 
     Raises:
         ConfigError: where a value is out of range, naming it.
@@ -52,6 +53,7 @@ class Ending:
     accuracy: str = "accuracy"
     loss: str = "loss"
     scored: bool = True
+    trained: bool = False
 
     def __post_init__(self) -> None:
         for name in ("patience", "max_bytes"):

@@ -200,7 +200,7 @@ class RuleStrategy(FedAvg):
         if not self._roster.was_called:  # nothing was left to train
             self._gather(grid)
         unseen = self._final_scores(grid, arrays, config, "unseen")
-        trained = self.scores_training_clients
+        trained = self.scores_training_clients or self.ending.trained
         self._saver.finish()
         return RunResult(
             arrays=arrays,

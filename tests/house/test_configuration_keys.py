@@ -20,7 +20,7 @@ Every key of a run. Give it as `--set key=value`, in a TOML file with `--config 
 Flower as `flwr run . --run-config "key=value"`. An unknown key, or a value that is not allowed, is
 refused by name.
 
-<!-- Written by `make docs` from metabloom/config_keys.py; a test compares. -->
+<!-- Written by `make docs` from metabloom/config_keys*.py; a test compares. -->
 
 | key | default | allowed | meaning |
 |---|---|---|---|
@@ -121,5 +121,5 @@ def test_a_configuration_key_has_a_line_of_help(name: str):
 def test_the_configuration_page_is_what_the_configuration_says():
     assert PAGE.exists(), "docs/configuration.md is missing: run `make docs`"
     assert PAGE.read_text(encoding="utf-8") == page(), (
-        "docs/configuration.md is not what metabloom/config_keys.py says: run `make docs`"
+        "docs/configuration.md is not what metabloom/config_keys*.py says: run `make docs`"
     )
