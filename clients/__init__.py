@@ -9,6 +9,7 @@ from .data import ClientData
 from .evaluation import adaptation_curve
 from .fedkd import FedKDClient, mutual_update
 from .fednova import NovaClient, nova_update
+from .groups import GroupMAMLClient, GroupSGDClient
 from .learner import Learner
 from .local_update import LocalResult, LocalUpdate, run_update
 from .logits import LogitsClient
@@ -27,6 +28,8 @@ from .taught import TaughtClient
 CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
 CLIENTS.add("fedkd", FedKDClient)
 CLIENTS.add("fednova", NovaClient)
+CLIENTS.add("group-maml", GroupMAMLClient)
+CLIENTS.add("group-sgd", GroupSGDClient)
 CLIENTS.add("logits", LogitsClient)
 CLIENTS.add("maml", MAMLClient)
 CLIENTS.add("meta-sgd", MetaSGDClient)
@@ -42,6 +45,8 @@ __all__ = [
     "ClientData",
     "ClientStore",
     "FedKDClient",
+    "GroupMAMLClient",
+    "GroupSGDClient",
     "Learner",
     "LocalResult",
     "LocalUpdate",

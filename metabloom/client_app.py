@@ -26,7 +26,7 @@ from .task import (
     model_of,
     recipe_of,
 )
-from .wire import ARCHITECTURE, CLIENT_NAME, DROPPED, NUM_PARTITIONS, PARTITION_ID, ROLE
+from .wire import ARCHITECTURE, CLIENT_NAME, DROPPED, GROUP, NUM_PARTITIONS, PARTITION_ID, ROLE
 
 FEWEST = 3  # nodes
 STATE_ROOT = "state-root"  # a key of the run config, and of a node's own
@@ -124,6 +124,7 @@ def properties(context: Context) -> dict[str, str | int | float | bool]:
         CLIENT_NAME: federation.client_ids[index],
         DROPPED: federation.dropped,
         **({ARCHITECTURE: architecture} if architecture else {}),
+        **({GROUP: group} if (group := str(context.node_config.get(GROUP, ""))) else {}),
     }
 
 

@@ -161,6 +161,27 @@ class TaskKeys(BaseModel):
         10, description="fedrep: a client's epochs on its head, before those on the body"
     )
 
+    groups: str = Field(
+        "",
+        description="group-maml, group-reptile: JSON file with the group of each client by name; "
+        "empty: what a client's name has before a slash (Omniglot: the alphabet); a node's own key "
+        "group says its own",
+    )
+    group_adapt: Literal["client", "group"] = Field(
+        "client",
+        description="group-maml: who adapts, each client by itself or the members of a group "
+        "together, in several exchanges a round",
+    )
+    group_rounds: Count = Field(
+        1, description="group-reptile: rounds of FedAvg within a group in one round (R)"
+    )
+    group_size: CountOrDefault = Field(
+        0, description="most members of one group in a round, drawn by chance; 0: all"
+    )
+    task_weight: Literal["auto", "uniform", "examples"] = Field(
+        "auto", description="weight of a group: as weighting says of clients, equal, or by records"
+    )
+
     aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = Field(
         "mean", description="how the clients' models become one; all but mean resist bad ones"
     )

@@ -39,6 +39,12 @@ NUM_PARTITIONS = "num-partitions"
 CLIENT_NAME = "client-name"
 ROLE = "role"
 ARCHITECTURE = "architecture"  # of the model of a node, where a federation has several
+GROUP = "group"  # of clients that share a task, where a federation has such
+EXCHANGE = "exchange"  # which of a round's exchanges a message is of, where it has several
+EXCHANGE_NUMBER = "exchange-number"  # from 1 on, beside the first one of a kind
+ADAPT, QUERY, CURVATURE = "adapt", "query", "curvature"  # exchanges of a group's meta-gradient
+JOIN, SCORE = "join", "score"  # of the evaluation of a new group
+DIRECTION = "direction"  # prefix of the arrays beside a model's that a Hessian is multiplied by
 DROPPED = "dropped"  # clients of the data set that were too small to take part
 ERROR = "error"  # why a node cannot take part
 

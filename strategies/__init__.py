@@ -19,6 +19,8 @@ from .fedopt import FedOpt
 from .fedper import FedPer
 from .fedprox import FedProx
 from .fedrep import FedRep
+from .group_maml import GroupMAML
+from .group_reptile import GroupReptile
 from .lg_fedavg import LGFedAvg
 from .meta_sgd import MetaSGD
 from .meta_teacher import MetaTeacher
@@ -64,6 +66,8 @@ __all__ = [
     "FedProx",
     "FedRep",
     "Firewall",
+    "GroupMAML",
+    "GroupReptile",
     "LGFedAvg",
     "MetaSGD",
     "MetaTeacher",

@@ -5,7 +5,7 @@ Nothing here raises, whatever a reply holds.
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -98,15 +98,26 @@ def sift(
     ]
     good = [one for one in judged if not one.reason]
     bad = [one for one in judged if one.reason]
-    while sent is not None and len(good) >= 3:
-        weights = [weight_of(one.message.content, weight_key) for one in good]
+    if sent is None:
+        return good, bad
+    good, heavy = without_heavy(good, firewall, weight_key)
+    return good, bad + heavy
+
+
+def without_heavy(
+    good: Sequence[Judged], firewall: Firewall, weight_key: str
+) -> tuple[list[Judged], list[Judged]]:
+    """Return those replies of three or more that are not too heavy, and the others."""
+    light, heavy = list(good), []
+    while len(light) >= 3:
+        weights = [weight_of(one.message.content, weight_key) for one in light]
         share = max(weights) / sum(weights)
         if share <= firewall.max_share:
             break
-        heavy = good.pop(weights.index(max(weights)))
         reason = f"{weight_key} is {share:.1%} of the total, above {firewall.max_share:.1%}"
-        bad.append(replace(heavy, reason=reason, is_offence=False))
-    return good, bad
+        one = light.pop(weights.index(max(weights)))
+        heavy.append(replace(one, reason=reason, is_offence=False))
+    return light, heavy
 
 
 def judge(

@@ -19,6 +19,7 @@ from ...wire import (
     CLIENT_NAME,
     DROPPED,
     ERROR,
+    GROUP,
     NUM_PARTITIONS,
     PARTITION_ID,
     PROPERTIES,
@@ -45,6 +46,7 @@ class Node:
     role: str | None = None
     client: str = ""
     architecture: str = ""  # of its model
+    group: str = ""  # that it shares a task with, in its own words
     dropped: int = 0  # clients of its data set that were too small
     error: str = ""  # why it cannot take part, in its own words
     reply_error: str = ""  # the error that came in the place of an answer
@@ -260,6 +262,7 @@ def _read(node_id: int, content: RecordDict) -> Node:
     name = said.get(CLIENT_NAME)
     error = said.get(ERROR)
     architecture = said.get(ARCHITECTURE)
+    group = said.get(GROUP)
     dropped = said.get(DROPPED)
     return Node(
         node_id,
@@ -268,6 +271,7 @@ def _read(node_id: int, content: RecordDict) -> Node:
         role=str(role) if role in ROLES else None,
         client=shortened(name, LONGEST_NAME) if isinstance(name, str) else "",
         architecture=shortened(architecture, LONGEST_NAME) if isinstance(architecture, str) else "",
+        group=shortened(group, LONGEST_NAME) if isinstance(group, str) else "",
         dropped=dropped if isinstance(dropped, int) else 0,
         error=shortened(error) if isinstance(error, str) else "",
     )

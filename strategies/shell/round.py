@@ -47,11 +47,15 @@ class RoundInProgress:
             self.failures.append((name_of(node_id), reason))
             log(WARNING, "round %d: %s failed: %s", self.number, name_of(node_id), reason)
         for node_id, reason in exchange.refused:
-            self.quarantined.append((name_of(node_id), reason))
-            log(WARNING, "round %d: %s is quarantined: %s", self.number, name_of(node_id), reason)
+            self.refuse(name_of(node_id), reason)
         for node_id in exchange.exhausted:
             self.exhausted.append(name_of(node_id))
             log(INFO, "round %d: %s: %s", self.number, name_of(node_id), BUDGET_EXHAUSTED)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note and log a node whose reply is refused."""
+        self.quarantined.append((name, reason))
+        log(WARNING, "round %d: %s is quarantined: %s", self.number, name, reason)
 
     def received(self, replies: Iterable[Message]) -> tuple[list[Message], list[Part]]:
         """Return the replies, and the sums of those that have no arrays any more."""
