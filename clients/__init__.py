@@ -6,9 +6,11 @@ from .. import __version__ as _v  # noqa: F401  a plain `import clients` fails h
 from ..registry import Registry
 from .adapter import client_app
 from .data import ClientData
+from .embedding import EmbeddingClient
 from .evaluation import adaptation_curve
 from .fedkd import FedKDClient, mutual_update
 from .fednova import NovaClient, nova_update
+from .generator import GeneratorClient, generator_update
 from .groups import GroupMAMLClient, GroupSGDClient
 from .learner import Learner
 from .local_update import LocalResult, LocalUpdate, run_update
@@ -26,10 +28,12 @@ from .store import ClientStore
 from .taught import TaughtClient
 
 CLIENTS: Registry[Callable[..., Learner]] = Registry("client")
+CLIENTS.add("embedding", EmbeddingClient)
 CLIENTS.add("fedkd", FedKDClient)
 CLIENTS.add("fednova", NovaClient)
 CLIENTS.add("group-maml", GroupMAMLClient)
 CLIENTS.add("group-sgd", GroupSGDClient)
+CLIENTS.add("generator", GeneratorClient)
 CLIENTS.add("logits", LogitsClient)
 CLIENTS.add("maml", MAMLClient)
 CLIENTS.add("meta-sgd", MetaSGDClient)
@@ -44,7 +48,9 @@ __all__ = [
     "CLIENTS",
     "ClientData",
     "ClientStore",
+    "EmbeddingClient",
     "FedKDClient",
+    "GeneratorClient",
     "GroupMAMLClient",
     "GroupSGDClient",
     "Learner",
@@ -68,6 +74,7 @@ __all__ = [
     "adaptation_curve",
     "client_app",
     "corrected_update",
+    "generator_update",
     "maml_update",
     "meta_gradient",
     "meta_sgd_update",

@@ -231,7 +231,7 @@ def _trained(
 
 
 def _evaluate(client: NumPyClient, content: RecordDict) -> RecordDict:
-    _, parameters = _received(client, content)
+    _, parameters = _received(client, content, getattr(client, "evaluated_names", ()))
     loss, num_examples, metrics = client.evaluate(parameters, _config(content))
     tells = getattr(client, "tells", lambda metric: True)  # a private client may not tell it
     known = {LOSS: loss} if tells(LOSS) else {}

@@ -101,8 +101,8 @@ class TaskKeys(BaseModel):
     )
     local_steps: Count = Field(
         1,
-        description="per-fedavg: local meta-steps of a round (tau); with privacy, also the steps "
-        "of local SGD",
+        description="per-fedavg, autoregressive: local meta-steps of a round (tau); with privacy, "
+        "also the steps of local SGD",
     )
     local_epochs: Count = Field(1, description="local epochs of a round (fedavg and its family)")
     batch_size: CountOrDefault = Field(
@@ -110,7 +110,8 @@ class TaskKeys(BaseModel):
     )
     split: Literal["fixed", "fresh"] = Field(
         "fresh",
-        description="fedmeta's support and query: the client's own sets, or a new split each step",
+        description="support and query of fedmeta and autoregressive: the client's own sets, or a "
+        "new split each step",
     )
     weighting: Literal["auto", "uniform", "examples"] = Field(
         "auto",
@@ -263,3 +264,15 @@ class TaskKeys(BaseModel):
         100, description="meta-teacher: steps in which a client's student learns from the teacher"
     )
     teach_lr: Rate = Field(0.01, description="meta-teacher: learning rate of these steps")
+
+    hypernetwork_width: Count = Field(
+        128,
+        description="autoregressive: width of the generator's state; pfedhn: of the hypernetwork's "
+        "hidden layers",
+    )
+    embedding_size: Count = Field(32, description="pfedhn: numbers of a client's embedding")
+    hypernetwork_adapts: Literal["model", "embedding"] = Field(
+        "model",
+        description="pfedhn: what a client adapts when it is evaluated: its generated model, or "
+        "its embedding alone, for which it is sent the hypernetwork",
+    )

@@ -25,6 +25,7 @@ from .public import PublicData
 from .sim import DataSpec, Federation, dataset_spec, load_federation
 from .sim.public_sources import load_public, usual_kind
 from .strategies import STRATEGIES, Recipe
+from .streams import stream_seed, torch_seeded
 from .teacher import teacher_config, teacher_of
 from .wire import NamedArrays
 
@@ -74,6 +75,9 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "teacher_steps",
     "teach_steps",
     "teach_lr",
+    "hypernetwork_width",
+    "embedding_size",
+    "hypernetwork_adapts",
 )
 NEEDED = {  # keys that are read for what a recipe says that it needs
     "public": {"public_data", "public_size"},
@@ -294,11 +298,26 @@ def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
         config: of the run.
         architecture: one of its architectures; "" where it has none.
     """
-    return model_for(config, spec_of(config).num_classes, architecture)
+    spec, network = spec_of(config), recipe_of(config).network
+    model = model_for(config, spec.num_classes, architecture)
+    if network is None:
+        return model
+    seed, dtype = stream_seed(config.seed, "network"), getattr(torch, spec.input_dtype)
+
+    def build(outputs: int) -> nn.Module:
+        return model_for(config, outputs, architecture, seed=seed)
+
+    with torch_seeded(config.seed, "network"):
+        return network(model, build=build, num_classes=spec.num_classes, input_dtype=dtype)
 
 
-def model_for(config: RunConfig, num_classes: int, architecture: str = "") -> nn.Module:
-    """Return a new one, for ``num_classes`` that need not be the data set's."""
+def model_for(
+    config: RunConfig, num_classes: int, architecture: str = "", *, seed: int | None = None
+) -> nn.Module:
+    """Return a new one, for ``num_classes`` that need not be the data set's.
+
+    It is the configured model, without what a strategy puts around it (``Recipe.network``).
+    """
     spec = spec_of(config)
     if architecture:
         (kind,) = (one for one in config.kinds if one.name == architecture)
@@ -309,9 +328,8 @@ def model_for(config: RunConfig, num_classes: int, architecture: str = "") -> nn
     usual = dict(spec.model_options) if chosen == spec.model else {}
     shape, dtype = spec.input_shape, getattr(torch, spec.input_dtype)
     options = {**usual, **own}
-    model = build_model(
-        chosen, input_shape=shape, num_classes=num_classes, seed=config.seed, **options
-    )
+    seed = config.seed if seed is None else seed
+    model = build_model(chosen, input_shape=shape, num_classes=num_classes, seed=seed, **options)
     check_model(model, input_shape=shape, num_classes=num_classes, input_dtype=dtype)
     return model
 

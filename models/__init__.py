@@ -14,6 +14,7 @@ from .cnn import FemnistCNN
 from .conv4 import Conv4
 from .distillation import cross_entropy, distillation_loss, kl_to, soft_cross_entropy
 from .head import head_names, is_body, is_head
+from .hypernetworks import GeneratedModel, Hypernetwork
 from .mlp import MLP
 from .mutual_distillation import MutualLosses, mutual_losses
 
@@ -25,6 +26,8 @@ __all__ = [
     "CharLSTM",
     "Conv4",
     "FemnistCNN",
+    "GeneratedModel",
+    "Hypernetwork",
     "MutualLosses",
     "build_model",
     "check_layers",

@@ -4,6 +4,7 @@ from .. import __version__ as _v  # noqa: F401  a plain `import strategies` fail
 from ..registry import discover
 from .aggregation import median, multi_krum, trimmed_mean
 from .anil import ANIL
+from .autoregressive import Autoregressive
 from .boil import BOIL
 from .distilled import Distillation
 from .ditto import Ditto
@@ -25,6 +26,7 @@ from .lg_fedavg import LGFedAvg
 from .meta_sgd import MetaSGD
 from .meta_teacher import MetaTeacher
 from .per_fedavg import PerFedAvg
+from .pfedhn import PFedHN
 from .pfedme import PFedMe
 from .recipe import STRATEGIES, Recipe
 from .reptile import Reptile
@@ -49,6 +51,7 @@ __all__ = [
     "SCAFFOLD",
     "STRATEGIES",
     "Aggregation",
+    "Autoregressive",
     "Checkpoints",
     "ClientScore",
     "Distillation",
@@ -71,6 +74,7 @@ __all__ = [
     "LGFedAvg",
     "MetaSGD",
     "MetaTeacher",
+    "PFedHN",
     "PFedMe",
     "PerFedAvg",
     "Recipe",

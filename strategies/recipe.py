@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
+from typing import Protocol
 
+import torch
 from flwr.common import log
 from torch import nn
 
@@ -15,6 +17,27 @@ from ..wire import NamedArrays
 from .aggregation import median, multi_krum, trimmed_mean
 from .rules import Aggregation, Arrays, Reply, Weighting, mean
 from .shell import RuleStrategy
+
+
+class Network(Protocol):
+    """What stands in the place of the configured model, at both ends."""
+
+    def __call__(
+        self,
+        base: nn.Module,
+        *,
+        build: Callable[[int], nn.Module],
+        num_classes: int,
+        input_dtype: torch.dtype,
+    ) -> nn.Module:
+        """Return it.
+
+        Args:
+            base: the configured model.
+            build: returns another model of its architecture, with so many outputs.
+            num_classes: outputs of ``base``.
+            input_dtype: of the records.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,7 @@ class Recipe:
             "public".
         more_arrays: ``more_arrays(model)`` gives what is learned beside a model's own arrays, as it
             is at first; None: nothing.
+        network: what both ends build in the place of the configured model; None: that model.
 
     A recipe reads what it needs of the configuration when it is called (``partial``, no lambda):
     keys that it does not read are reported to the user as without effect.
@@ -45,6 +69,7 @@ class Recipe:
     needs: tuple[str, ...] = ()
     client_needs: tuple[str, ...] = ()
     more_arrays: Callable[[nn.Module], Arrays] | None = None
+    network: Network | None = None
 
 
 STRATEGIES: Registry[Callable[[RunConfig], Recipe]] = Registry("strategy")

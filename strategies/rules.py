@@ -39,12 +39,15 @@ class Reply:
         clients: how many it stands for, >= 1.
         changed: of a mean, the floating arrays that any of its clients changed; None: those that
             differ from what was sent.
+        client: whose answer it is, by name, where the rule has a model for each client; "": where
+            it has no need to know.
     """
 
     arrays: NamedArrays
     num_examples: float
     clients: int = 1
     changed: frozenset[str] | None = None
+    client: str = ""
 
 
 # aggregation(sent, replies, weighting), of one reply or more: float64 for floating arrays, the

@@ -9,7 +9,7 @@ from flwr.common import log
 
 from ...errors import BUDGET_EXHAUSTED
 from ...wire import NamedArrays
-from .firewall import Firewall, Judged, sift
+from .firewall import Firewall, Judged, Sent, sift
 from .partial_sums import Part
 
 Told = list[tuple[int, str]]  # (node id, reason)
@@ -50,7 +50,7 @@ def merged(exchanges: Iterable[Exchange]) -> Exchange:
 def sort_replies(
     messages: Sequence[Message],
     replies: Iterable[Message],
-    sent: NamedArrays | None,
+    sent: Sent,
     *,
     firewall: Firewall,
     weight_key: str,

@@ -5,7 +5,7 @@ Nothing here raises, whatever a reply holds.
 """
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -78,9 +78,23 @@ class Judged:
     is_offence: bool = True
 
 
+@dataclass(frozen=True)
+class SentEach:
+    """The arrays that each message held, by its id, where nodes are sent different ones."""
+
+    by_message: Mapping[str, NamedArrays]
+
+    def to(self, reply: Message) -> NamedArrays:
+        """Return what the message held that ``reply`` answers."""
+        return self.by_message[reply.metadata.reply_to_message_id]
+
+
+Sent = NamedArrays | SentEach | None  # None: an evaluation, whose replies hold metrics alone
+
+
 def sift(
     replies: Iterable[Message],
-    sent: NamedArrays | None,
+    sent: Sent,
     firewall: Firewall,
     weight_key: str,
     initial: NamedArrays | None = None,
@@ -93,7 +107,9 @@ def sift(
     judged = [
         Judged(one, {}, "")
         if one.metadata.reply_to_message_id in summed
-        else judge(one, sent, firewall, weight_key, initial)
+        else judge(
+            one, sent.to(one) if isinstance(sent, SentEach) else sent, firewall, weight_key, initial
+        )
         for one in replies
     ]
     good = [one for one in judged if not one.reason]

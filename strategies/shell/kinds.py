@@ -20,12 +20,12 @@ from ..by_architecture import by_architecture
 from ..rules import Arrays, Reply, Rule
 from .answers import answer_of
 from .exchange import Exchange, merged
-from .firewall import Firewall, Judged
+from .firewall import Firewall, Judged, Sent
 from .partial_sums import Part, answers_of
 from .roll_call import Node, Roster
 
 Value = TypeVar("Value")
-Sort = Callable[[Sequence[Message], Iterable[Message], NamedArrays | None], Exchange]
+Sort = Callable[[Sequence[Message], Iterable[Message], Sent], Exchange]
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,10 @@ def _needs_more(name: str) -> bool:
     return bool(recipe.needs or recipe.client_needs)
 
 
+PERSONAL = ("pfedhn",)  # each client has a model of its own, and the server none that is their mean
+
 # The strategies whose model follows from an average of the clients' models alone.
-AVERAGING = [name for name in STRATEGIES if not _needs_more(name)]
+AVERAGING = [name for name in STRATEGIES if not (_needs_more(name) or name in PERSONAL)]
 
 # The strategies in whose training models travel.
 OF_MODELS = [name for name in STRATEGIES if name not in ("ds-fl", "fedmd")]
