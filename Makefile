@@ -59,6 +59,7 @@ scoreboard: $(READY) ## run the benchmarks (hours) on the data sets of METABLOOM
 	@$(BIN)/python benchmarks/dp_step.py
 	@$(BIN)/python benchmarks/engine.py
 	@$(BIN)/python benchmarks/distillation.py
+	@$(BIN)/python benchmarks/generator.py
 
 build: $(READY) ## wheel, source archive and Flower app bundle in dist/
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
