@@ -131,7 +131,7 @@ class SetEncoder(nn.Module):
     def __init__(self, features: nn.Module, num_classes: int, width: int) -> None:
         super().__init__()
         self.features = features
-        self.classes = nn.Parameter(torch.randn(num_classes, width))
+        self.classes = nn.Parameter(nn.init.normal_(torch.empty(num_classes, width)))
 
     def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return z (d,) of records (S, ...); of those that ``mask`` (S,) calls real, if given."""
@@ -368,4 +368,6 @@ def _cut(size: int, largest: int) -> tuple[int, int]:
 
 def _places(chunks: int, width: int) -> Tensor:
     """Return e_j of each chunk, (m, d); ones where there is one chunk, which needs no place."""
-    return torch.ones(1, width) if chunks == 1 else torch.randn(chunks, width)
+    if chunks == 1:
+        return torch.ones(1, width)
+    return nn.init.normal_(torch.empty(chunks, width))
