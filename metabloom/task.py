@@ -314,10 +314,7 @@ def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
 def model_for(
     config: RunConfig, num_classes: int, architecture: str = "", *, seed: int | None = None
 ) -> nn.Module:
-    """Return a new one, for ``num_classes`` that need not be the data set's.
-
-    It is the configured model, without what a strategy puts around it (``Recipe.network``).
-    """
+    """Return a new one for any ``num_classes``, without what a ``Recipe.network`` puts around."""
     spec = spec_of(config)
     if architecture:
         (kind,) = (one for one in config.kinds if one.name == architecture)
