@@ -23,6 +23,7 @@ Hypernetwork of pFedHN (2103.04628), from an embedding v of each client:
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import ceil, prod
 
 import torch
@@ -114,7 +115,8 @@ class GRU(nn.Module):
             value.chunk(3, dim=-1) for value in (self.from_input(x), self.from_state(state))
         )
         new, update = (n_x + (r_x + r_s).sigmoid() * n_s).tanh(), (u_x + u_s).sigmoid()
-        return (1 - update) * new + update * state
+        after: Tensor = (1 - update) * new + update * state
+        return after
 
 
 class SetEncoder(nn.Module):
@@ -136,9 +138,10 @@ class SetEncoder(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return z (d,) of records (S, ...); of those that ``mask`` (S,) calls real, if given."""
         psi = self.features(inputs) * (self._rows(targets) @ self.classes)  # (S, d)
-        if mask is None:
-            return psi.mean(0)
-        return torch.where(mask[:, None], psi, 0.0).sum(0) / mask.sum()
+        if mask is not None:
+            psi = torch.where(mask[:, None], psi, 0.0)
+        z: Tensor = psi.mean(0) if mask is None else psi.sum(0) / mask.sum()
+        return z
 
     def _rows(self, targets: Tensor) -> Tensor:
         """Return the targets as rows (S, C); a class as its unit vector."""
@@ -216,9 +219,14 @@ class Generator(nn.Module):
             self.encoder(inputs, targets, mask),
             [torch.cat([base[name].flatten() for name in names]) for names in self.layers],
             list(self.heads),
-            [lambda s, theta, read=read: self.gru(s, read(theta)) for read in self.readers],
+            [partial(self._absorbed, read) for read in self.readers],
         )
         return _apart(zip(self.layers, made, strict=True), self.shapes)
+
+    def _absorbed(self, read: nn.Module, state: Tensor, theta: Tensor) -> Tensor:
+        """Return the state that follows ``state`` where ``theta`` (n,) is a layer's."""
+        after: Tensor = self.gru(state, read(theta))
+        return after
 
 
 class GeneratedModel(nn.Module):
@@ -351,7 +359,7 @@ def _apart(layers: Iterable[tuple[tuple[str, ...], Tensor]], shapes: Shapes) -> 
     found: Params = {}
     for names, vector in layers:
         sizes = [prod(shapes[name]) for name in names]
-        for name, part in zip(names, vector.split(sizes), strict=True):
+        for name, part in zip(names, torch.split(vector, sizes), strict=True):
             found[name] = part.reshape(shapes[name])
     return {name: found[name] for name in shapes}
 

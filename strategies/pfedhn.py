@@ -201,7 +201,7 @@ def newcomer(seed: int, client: str, embedding_size: int) -> dict[str, Any]:
 def middle(clients: Mapping[str, Mapping[str, Any]], embedding_size: int) -> np.ndarray:
     """Return the mean embedding of the clients that have one; zeros where none has."""
     held = [one["embedding"] for _, one in sorted(clients.items())] or [np.zeros(embedding_size)]
-    return np.mean(held, axis=0, dtype=np.float64).astype(np.float32)
+    return np.asarray(np.mean(held, axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def _maker(
