@@ -6,7 +6,7 @@ more than arrays.
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -75,9 +75,7 @@ STRATEGY_KEYS = (  # keys that some strategies or aggregations read and others d
     "teacher_steps",
     "teach_steps",
     "teach_lr",
-    "hypernetwork_width",
-    "embedding_size",
-    "hypernetwork_adapts",
+    *("hypernetwork_width", "embedding_size", "hypernetwork_adapts"),
 )
 NEEDED = {  # keys that are read for what a recipe says that it needs
     "public": {"public_data", "public_size"},
@@ -303,10 +301,7 @@ def model_of(config: RunConfig, architecture: str = "") -> nn.Module:
     if network is None:
         return model
     seed, dtype = stream_seed(config.seed, "network"), getattr(torch, spec.input_dtype)
-
-    def build(outputs: int) -> nn.Module:
-        return model_for(config, outputs, architecture, seed=seed)
-
+    build = partial(model_for, config, architecture=architecture, seed=seed)
     with torch_seeded(config.seed, "network"):
         return network(model, build=build, num_classes=spec.num_classes, input_dtype=dtype)
 
