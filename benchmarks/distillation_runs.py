@@ -86,6 +86,7 @@ def sized(settings: Settings, *, quick: bool) -> dict[str, Any]:
         small["num-clients"] = 4 + 2 * int(judges)
     elif "num-clients" in first:
         small["num-clients"] = 10
+        small["dataset-args"] = f"{first['dataset-args']} query_shots=5"
     return {**first, **small}
 
 
