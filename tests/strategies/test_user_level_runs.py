@@ -17,7 +17,7 @@ from metabloom.streams import numpy_stream
 from metabloom.wire import from_record
 from tests.strategies.toy import OF_MODELS, Toy, bits, exchanged, model, moved, start, strategy_of
 
-EVERY = pytest.mark.parametrize("name", OF_MODELS)  # the others refuse it
+EVERY = pytest.mark.parametrize("name", [n for n in OF_MODELS if n != "pfedhn"])  # others refuse it
 ROLES = ("train", "unseen", "train", "validation", "train")
 
 
