@@ -27,7 +27,7 @@ LARGE, DIRECT, TAUGHT = "teacher, FedAvg", "student, FedAvg", "student, taught"
 # name of the size -> what all have, what the teacher has, what the student has
 SIZES: dict[str, tuple[Settings, Settings, Settings]] = {
     "2,000 images": (
-        {**SKEWED, "dataset-args": "alpha=0.3 limit=2000", "local-epochs": 5, "eval-every": 5},
+        {**SKEWED, "dataset-args": "alpha=0.3 limit=2000", "local-epochs": 10, "eval-every": 5},
         {"rounds": 60, "eval-every": 10},
         {"model": "mlp", "model-args": "hidden=64"},
     ),
@@ -70,8 +70,9 @@ ABOUT = {
         "FedAvg: for as many rounds, for as many bytes as teaching takes with the teacher's "
         "broadcast, and for those of both stages. 10,000 images together: two local epochs, a "
         "student of 16 hidden units, a teacher of 20 rounds: this was tried first. 2,000 images: "
-        "five local epochs, 64 hidden units, a teacher of 60 rounds; chosen by the validation "
-        "clients of seed 0 among six settings of data, skew, student and teacher.",
+        "ten local epochs, 64 hidden units, a teacher of 60 rounds; chosen by the validation "
+        "clients of seed 0 among nine settings of data, skew, epochs, student and teacher. With "
+        "five local epochs the gain on unseen clients was 1.0 ± 0.9 points.",
     ),
     "meta-teacher": (
         "A meta-trained teacher, adapted on a client, teaches a small student there",
@@ -98,8 +99,8 @@ def taught_by(large: Settings, skewed: Settings, student: Settings) -> Settings:
         "teacher-model": f"{TEACHER['model']} {TEACHER['model-args']}",
         "checkpoint-every": 20,  # clients keep what the teacher said
         "local-lr": (0.1, 0.2),
-        "distill-temperature": (2.0, 4.0),
-        "distill-alpha": 0.9,
+        "distill-temperature": 4.0,
+        "distill-alpha": (0.5, 0.9),
     }
 
 
