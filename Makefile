@@ -60,6 +60,7 @@ scoreboard: $(READY) ## run the benchmarks (hours) on the data sets of METABLOOM
 	@$(BIN)/python benchmarks/engine.py
 	@$(BIN)/python benchmarks/distillation.py
 	@$(BIN)/python benchmarks/generator.py
+	@$(BIN)/python benchmarks/pretrained.py
 
 build: $(READY) ## wheel, source archive and Flower app bundle in dist/
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null

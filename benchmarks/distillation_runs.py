@@ -112,8 +112,7 @@ class Runs:
             if self._pool:
                 self._submitted[name] = self._pool.submit(run_job, *job)
             else:
-                self._submitted[name] = Future()
-                self._submitted[name].set_result(run_job(*job))
+                self._submitted[name] = _done(*job)
         return self._submitted[name]
 
     def chosen(
@@ -122,6 +121,8 @@ class Runs:
         better: Callable[[Found], float] | Mapping[str, Callable[[Found], float]] = quality,
     ) -> dict[str, dict[str, Any]]:
         """Return the best point of each method's grid, by validation with the tuning seed.
+
+        A point whose run failed, since it diverged, say, is the worst.
 
         Args:
             methods: name -> settings; a tuple is an axis.
@@ -134,13 +135,32 @@ class Runs:
         best = {}
         for name, runs in tried.items():
             key = better if callable(better) else better[name]
-            best[name] = max((run.result() for run in runs), key=key)["settings"]
+            whole = [found for run in runs if (found := _whole(run))]
+            best[name] = max(whole or [runs[0].result()], key=key)["settings"]
         return best
 
     def close(self) -> None:
         """End the processes; runs that wait are given up."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _whole(run: Future[Found]) -> Found | None:
+    """Return what a run found; None where it failed."""
+    try:
+        return run.result()
+    except RuntimeError:
+        return None
+
+
+def _done(*job: Any) -> Future[Found]:
+    """Return a run that is over."""
+    future: Future[Found] = Future()
+    try:
+        future.set_result(run_job(*job))
+    except RuntimeError as err:
+        future.set_exception(err)
+    return future
 
 
 def name_of(settings: Settings, seed: int) -> str:

@@ -158,9 +158,32 @@ def test_the_small_nets_can_be_trained_by_any_client(
 def test_every_method_of_a_comparison_has_as_many_tries() -> None:
     feddf, logits = script("distillation_feddf"), script("distillation_logits")
     teachers, grid_of = script("distillation_teachers"), script("distillation_runs").grid_of
-    taught = {"": teachers.taught_by({"strategy": "fedavg"})}
+    taught = {"": teachers.taught_by({"strategy": "fedavg"}, teachers.SKEWED, {})}
     for methods in (feddf._methods("mnist"), logits.few_methods(), logits.many_methods(), taught):
         assert {len(grid_of(method)) for method in methods.values()} == {4}
+
+
+def test_a_point_that_failed_is_the_worst_and_not_the_end() -> None:
+    runs = script("distillation_runs")
+
+    class Stub(runs.Runs):
+        def submit(self, settings: dict, seed: int) -> Future:
+            future: Future = Future()
+            if settings["local-lr"] in self.bad:
+                future.set_exception(RuntimeError("it diverged"))
+            else:
+                future.set_result({"settings": settings})
+            return future
+
+    stub = Stub.__new__(Stub)
+    stub.bad = {0.3}
+    method = {"m": {"local-lr": (0.3, 0.1)}}
+    assert stub.chosen(method, lambda found: found["settings"]["local-lr"]) == {
+        "m": {"local-lr": 0.1}
+    }
+    stub.bad = {0.3, 0.1}
+    with pytest.raises(RuntimeError, match="diverged"):
+        stub.chosen(method)
 
 
 def test_settings_are_chosen_by_validation_alone() -> None:
