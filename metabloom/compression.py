@@ -20,8 +20,7 @@ public implementation finds rank 0 there.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import ConfigError, WireError, shortened
+from .execution import on_one_thread
 
 Named = Mapping[str, npt.NDArray[Any]]
 
@@ -111,7 +111,7 @@ def compress(
     m, n = _matrix_shape(array.shape)
     matrix = array.reshape(m, n).astype(np.float64)  # (out, in, k, k) -> (out, in k k)
     try:
-        with _one_thread():
+        with on_one_thread():
             found = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
     except RuntimeError:  # it did not converge: rare, and no reason to lose the update
         return array
@@ -138,7 +138,7 @@ def decompress(
     """Return U diag(s) V in ``shape`` and ``dtype``, of factors that fit: see ``_factors``."""
     with np.errstate(over="ignore", invalid="ignore"):  # values are the firewall's to judge
         left, right = u.astype(np.float64) * s.astype(np.float64), v.astype(np.float64)
-        with _one_thread():
+        with on_one_thread():
             matrix = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
         return matrix.reshape(shape).astype(dtype)
 
@@ -263,16 +263,6 @@ def _may_factor(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
         return False
     m, n = _matrix_shape(shape)
     return m + n + 1 < m * n
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -4,6 +4,8 @@ Neither changes what is computed, beyond rounding.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
@@ -142,3 +144,16 @@ def local_steps(config: RunConfig) -> int:
     """
     updates = config.rounds * config.clients_per_round
     return updates * config.local_epochs * config.local_steps * config.inner_steps
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Run a block in which torch adds up on one thread: the same bits on any number of cores."""
+    import torch  # takes seconds, which the configuration alone is not to cost
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,9 +10,12 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ConfigError, MetabloomError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ANOTHER_FOLDER = "choose another folder with out"
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -172,3 +175,26 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_arrays(path: Path, *, key: str, remedy: str) -> "dict[str, np.ndarray]":
+    """Return the named arrays of a safetensors file.
+
+    Args:
+        path: of the file.
+        key: of the configuration that named it, for the error.
+        remedy: what to do where it cannot be read, likewise.
+
+    Raises:
+        ConfigError: where it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f"{key}: {str(path)!r} cannot be read as safetensors ({type(err).__name__}: {err}): "
+            f"{remedy}"
+        ) from err

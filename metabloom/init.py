@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from .architectures import full_name
 from .config import RunConfig
 from .errors import ConfigError, MissingDataError, nearest
+from .files import read_arrays
 from .wire import NamedArrays
 
 RESULTS, MODEL = "results.json", "model.safetensors"  # in a results folder
@@ -134,11 +133,15 @@ def source_of(config: RunConfig) -> Source:
         return Source(config.init, {"": arrays}, is_public=True)
     place = Path(config.init).expanduser()
     if place.is_file():
-        return Source(config.init, {"": _read(place)}, _told_in(place.with_name(RESULTS)))
+        return Source(
+            config.init,
+            {"": read_arrays(place, key="init", remedy=WHERE)},
+            _told_in(place.with_name(RESULTS)),
+        )
     if not place.is_dir():
         raise ConfigError(f"init = {config.init!r}: there is no such file or folder; {WHERE}")
     files = _models_in(place, [one.name for one in config.kinds], config.init)
-    weights = {name: _read(file) for name, file in files.items()}
+    weights = {name: read_arrays(file, key="init", remedy=WHERE) for name, file in files.items()}
     return Source(config.init, weights, _told_in(place / RESULTS))
 
 
@@ -304,16 +307,6 @@ def _told_in(file: Path) -> Told:
         raise ConfigError(
             f"init: {str(file)!r} does not say how the weights beside it were trained "
             f"({type(err).__name__}: {err}): {WHERE}"
-        ) from err
-
-
-def _read(file: Path) -> NamedArrays:
-    try:
-        return load(file.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
-        raise ConfigError(
-            f"init: {str(file)!r} cannot be read as safetensors ({type(err).__name__}: {err}): "
-            f"{WHERE}"
         ) from err
 
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 from torch import nn
 
 from .architectures import architectures_of
 from .config import RunConfig
 from .errors import ConfigError
+from .files import read_arrays
 from .keys import parse_options
 from .wire import NamedArrays
 
@@ -96,7 +95,7 @@ def teacher_of(config: RunConfig, model: nn.Module) -> Teacher:
     _check_privacy(told, config)
     return Teacher(
         model,
-        _checked(_read(weights), model, str(weights)),
+        _checked(read_arrays(weights, key="teacher", remedy=WHERE), model, str(weights)),
         was_private=_is_private(told, "privacy"),
         is_public=config.teacher_is_public,
         inner_lr=float(told["inner-lr"]) if "inner-lr" in told else None,
@@ -196,16 +195,6 @@ def _model_of_its_run(config: RunConfig) -> tuple[str, str]:
         )
     options = [f"{key}={json.dumps(value)}" for key, value in kinds[name].options.items()]
     return kinds[name].model, " ".join(options)
-
-
-def _read(weights: Path) -> NamedArrays:
-    try:
-        return load(weights.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
-        raise ConfigError(
-            f"teacher: {str(weights)!r} cannot be read as safetensors "
-            f"({type(err).__name__}: {err}): {WHERE}"
-        ) from err
 
 
 def _checked(arrays: NamedArrays, model: nn.Module, file: str) -> NamedArrays:

@@ -28,8 +28,7 @@ them; large layers come in chunks (``models/hypernetworks.py``). With ``architec
 hypernetwork of its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -40,6 +39,7 @@ from torch.func import functional_call
 
 from ..config import RunConfig
 from ..errors import ConfigError, MetabloomError, unknown_name
+from ..execution import on_one_thread
 from ..models.hypernetworks import SENT_BASE as BASE
 from ..models.hypernetworks import SENT_EMBEDDING as EMBEDDING
 from ..models.hypernetworks import SENT_NETWORK as NETWORK
@@ -245,17 +245,6 @@ def _as_tensor(value: Any) -> Tensor:
 
 def _generated(arrays: NamedArrays) -> list[str]:
     return [n for n, value in arrays.items() if is_generated(n, is_floating=is_floating(value))]
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Run a block in which torch adds up on one thread: the same bits on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the strategy ---------------------------------------------------------------------------------

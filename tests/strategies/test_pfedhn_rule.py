@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from metabloom.errors import MetabloomError
+from metabloom.execution import on_one_thread
 from metabloom.models import Hypernetwork
 from metabloom.strategies import (
     Reply,
@@ -14,7 +15,6 @@ from metabloom.strategies.pfedhn import (
     middle,
     model_of,
     newcomer,
-    on_one_thread,
     pulled_back,
 )
 from tests.strategies.toy import moved
