@@ -84,7 +84,9 @@ ABOUT = {
         "others: both students are judged on the same half of these; the other half is unlabelled "
         "and only the taught one sees it. Direct: the best inner-lr of three, and the best number "
         "of steps, by validation. With a teacher of 300 rounds, adapted by 20 steps, and 12 "
-        "unlabelled images the taught student lost 0.5 points on average: this was tried first.",
+        "unlabelled images the taught student lost 0.5 points on average: this was tried first. "
+        "With 5 labelled images of each class, on the validation clients of seed 0, the teacher "
+        "had 70.6 %, the taught student 68.7 and the other 70.3.",
     ),
 }
 
