@@ -16,14 +16,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from .comparison import Method, Spread, Try, chosen_of, columns_of, validation_of
-from .comparison_page import Comparison, cell_of, name_of, settings_text, steps_of
+from .comparison import BEFORE, Method, Spread, Try, chosen_of, validation_of
+from .comparison_page import Comparison, cell_of, settings_text, steps_of
 from .config import RunConfig
 from .errors import ConfigError
 from .files import check_writable, write_atomic
@@ -277,12 +278,13 @@ def _write(comparison: Comparison, out: Path) -> None:
 
 
 def _print(comparison: Comparison, out: Path) -> None:
-    columns = columns_of(next(iter(comparison.methods[0].runs.values())))
-    titles = [*map(name_of, columns), "as chosen", "steps", "10th percentile", "MB", "seconds"]
-    table = Table("unseen clients", *titles)
+    """Print what fits on a narrow terminal; the page has the other columns."""
+    table = Table("unseen clients", box=SIMPLE_HEAD)
+    for title in ("before", "as chosen", "steps", "10th %", "MB", "seconds"):
+        table.add_column(title, justify="right", no_wrap=True)
     for one in comparison.methods:
         found = one.summary
-        told = [cell_of(Spread(**found["accuracy"][name])) for name in (*columns, found["steps"])]
+        told = [cell_of(Spread(**found["accuracy"][name])) for name in (BEFORE, found["steps"])]
         low = found["tenth_percentile"]
         told += [steps_of(found), "-" if low is None else f"{100 * low:.1f}"]
         table.add_row(one.strategy, *told, f"{found['bytes'] / 1e6:.2f}", f"{found['seconds']:.1f}")

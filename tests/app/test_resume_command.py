@@ -37,7 +37,7 @@ def told(out: Path) -> dict:
         del entry["seconds"]
     if "teacher" in results["strategy"]:  # it is sent again after a resume
         for part in parts:
-            del part["bytes_down"]
+            del part["bytes_down"], part["bytes_training"]
     return {**results, "rounds": None}
 
 
