@@ -33,6 +33,10 @@ GENERATOR: Settings = {
 COLUMNS = ("before", "after 1 step", "after 5 steps")
 GOAL = 20  # points above its own base model, on each seed
 NAME = "generator"
+FURTHER: dict[str, Settings] = {  # rows with the setting that was chosen, but for these keys
+    f"{NAME}, 1600 rounds": {"rounds": 1600},
+    f"{NAME}, 5 shots, 400 rounds": {"rounds": 400, "dataset-args": "image_size=15 shots=5"},
+}
 
 
 def score(config: Any, params: dict[str, Any], role: str) -> omniglot.Scores:
@@ -74,11 +78,11 @@ def parameters_of(settings: Settings, data_root: str) -> dict[str, int]:
     return {"base": own, "with generator": sum(sizes.values())}
 
 
-def result_of(run: Settings, finals: Sequence[Settings]) -> dict[str, Any]:
-    """Return the generator's row of the table."""
+def result_of(run: Settings, finals: Sequence[Settings], method: str = NAME) -> dict[str, Any]:
+    """Return a row of the generator: of ``finals``, with what was chosen by ``run``."""
     rates = omniglot.best_rates(run["validation"])
     return {
-        "method": NAME,
+        "method": method,
         "chosen": {
             **{key: run["settings"][key] for key, axis in GENERATOR.items() if _is_axis(axis)},
             "rate of the 4 gradient steps": rates[2],
@@ -89,18 +93,22 @@ def result_of(run: Settings, finals: Sequence[Settings]) -> dict[str, Any]:
     }
 
 
-def page_of(own: Settings, others: Sequence[Settings], sizes: Mapping[str, int]) -> str:
-    """Return the table as Markdown: the generator's row, the others', and what they say."""
+def page_of(
+    own: Settings,
+    further: Sequence[Settings],
+    others: Sequence[Settings],
+    sizes: Mapping[str, int],
+) -> str:
+    """Return the table as Markdown: the generator's rows, the others', and what they say."""
     fixed = omniglot.MODELS[MODEL]
-    margins = [100 * (seed[1] - seed[0]) for seed in own["unseen"]]
-    verdict = "reached" if min(margins) >= GOAL else "missed"
     lines = [
         "# Omniglot, 5-way 1-shot, unseen alphabets: a generator of models",
         "",
         "`python benchmarks/generator.py --data-root DATA`",
         "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}; "
-        f"{fixed['rounds']} rounds of 8 clients for every method; `{fixed['model-args']}`, "
+        f"{fixed['rounds']} rounds of 8 clients for every method where nothing else is said; "
+        f"`{fixed['model-args']}`, "
         f"`{fixed['dataset-args']}`, the clients and seeds of [omniglot-{MODEL}.md]"
         f"(omniglot-{MODEL}.md), from which the other methods' rows are. Accuracy in % of 40 "
         "unseen clients, mean ± standard deviation over seeds 1, 2, 3. The generator's setting "
@@ -113,11 +121,13 @@ def page_of(own: Settings, others: Sequence[Settings], sizes: Mapping[str, int])
         "",
         f"| method | {' | '.join(COLUMNS)} | seconds | chosen |",
         "|---|---|---|---|---|---|",
-        *(_row(row) for row in (own, *others)),
+        *(_row(row) for row in (own, *further, *others)),
         "",
-        f"Above its own base model, by one forward pass: {fmean(margins):.1f} ± "
-        f"{stdev(margins):.1f} points, on the worst seed {min(margins):.1f}. The goal of {GOAL} is "
-        f"{verdict}.",
+        "Above its own base model, by one forward pass: "
+        f"{_margins((own, *further))}. The further "
+        "rows came when the first had missed the goal: longer, since the accuracy of validation "
+        "clients was still rising, which did not help on unseen alphabets (there are 320 training "
+        "tasks), then with five labelled images of each class; nothing else was changed.",
     ]
     for row in others:
         one, five = (
@@ -146,6 +156,19 @@ ORIGIN = (
     "The grid's ranges come from probes at seed 0 in which, for an earlier draft with more rounds, "
     "unseen accuracy was visible; the choice within them is by validation clients alone."
 )
+
+
+def _margins(rows: Sequence[Settings]) -> str:
+    return "; ".join(f"{row['method']}: {_margin(row)}" for row in rows)
+
+
+def _margin(row: Settings) -> str:
+    margins = [100 * (seed[1] - seed[0]) for seed in row["unseen"]]
+    verdict = "reached" if min(margins) >= GOAL else "missed"
+    return (
+        f"{fmean(margins):.1f} ± {stdev(margins):.1f} points, on the worst seed "
+        f"{min(margins):.1f} (the goal of {GOAL}: {verdict})"
+    )
 
 
 def _row(row: Settings) -> str:
@@ -184,10 +207,21 @@ def main(
         finals = [
             pool.submit(omniglot.run_job, best["settings"], seed, *place) for seed in omniglot.SEEDS
         ]
+        more = {
+            name: [
+                pool.submit(omniglot.run_job, {**best["settings"], **keys}, seed, *place)
+                for seed in omniglot.SEEDS
+            ]
+            for name, keys in FURTHER.items()
+        }
         own = result_of(best, [job.result() for job in finals])
+        further = [
+            result_of(best, [job.result() for job in jobs], name) for name, jobs in more.items()
+        ]
     sizes = parameters_of(best["settings"], root)
-    (out / "generator.json").write_text(json.dumps({**own, "numbers": sizes}, indent=1) + "\n")
-    page = page_of(own, others, sizes)
+    found = {**own, "further": further, "numbers": sizes}
+    (out / "generator.json").write_text(json.dumps(found, indent=1) + "\n")
+    page = page_of(own, further, others, sizes)
     (out / "generator.md").write_text(page)
     print(page)
 
